@@ -1,0 +1,37 @@
+# Everything runs in .venv, which `make` builds with uv on first use. PIP_FIND_LINKS, where pip is given a folder of
+# wheels, is handed on to uv.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin
+UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(VENV)/tools/bin/uv
+# CPU builds of torch come from the find-links folder if there is one, else from PyTorch's own index.
+TORCH := $(if $(PIP_FIND_LINKS),,--torch-backend=cpu)
+
+.PHONY: venv check test unit demo clean
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)/tools
+	$(VENV)/tools/bin/pip install --quiet uv
+	$(UV) pip install --quiet --python $(RUN)/python $(TORCH) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+check: venv
+	$(RUN)/ruff check
+	$(RUN)/ruff format --check
+	$(RUN)/mypy
+
+unit: venv
+	$(RUN)/pytest tests/unit
+
+test: venv
+	$(RUN)/pytest
+
+demo: venv
+	$(RUN)/python -m tests.demo
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,1 @@
+"""The part that runs on the Ray cluster. It never imports airflow."""

@@ -1,0 +1,99 @@
+"""What a Ray job runs: ``python -m airflow_provider_raylm.cluster deploy|infer|teardown|sweep``.
+
+The request is JSON in the environment; the outcome is the last line of the output, behind a sentinel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from airflow_provider_raylm import __version__
+from airflow_provider_raylm.errors import ClusterError, RayLMError, to_wire
+from airflow_provider_raylm.specs import BatchSpec, EngineRef, EngineSpec, Labels, Value, build
+from airflow_provider_raylm.wire import ERROR_SENTINEL, REQUEST_VARIABLE, RESULT_SENTINEL, SAID
+
+
+def say(line: str) -> None:
+    """Print a line for the task's log."""
+    print(SAID + line, flush=True)
+
+
+def _deploy(payload: dict[str, Any]) -> Value:
+    from airflow_provider_raylm.cluster import engine
+
+    spec, labels = build(EngineSpec, payload["engine"]), build(Labels, payload["labels"])
+    return engine.deploy(spec, labels, payload["replace"], say)
+
+
+def _infer(payload: dict[str, Any]) -> Value:
+    from airflow_provider_raylm.cluster import pipeline
+
+    return pipeline.infer(build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"]), say)
+
+
+def _teardown(payload: dict[str, Any]) -> Value:
+    from airflow_provider_raylm.cluster import engine
+
+    return engine.teardown(payload["application"], say)
+
+
+def _sweep(payload: dict[str, Any]) -> Value:
+    from airflow_provider_raylm.cluster import engine
+
+    return engine.sweep(tuple(payload["delete"]), payload["max_age"], payload["installation"], say)
+
+
+VERBS: dict[str, Callable[[dict[str, Any]], Value]] = {
+    "deploy": _deploy,
+    "infer": _infer,
+    "teardown": _teardown,
+    "sweep": _sweep,
+}
+
+
+def check_version(worker: str) -> None:
+    """Refuse to work for a worker of another version: the two must mean the same by a spec.
+
+    Raises:
+        ClusterError: the versions differ.
+    """
+    if worker != __version__:
+        raise ClusterError(
+            f"The Airflow worker runs airflow-provider-raylm {worker}, the cluster {__version__}. Install the same "
+            'version on both, or let the connection ship the worker\'s (extra {"ship_package": true}).'
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb and print its outcome; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m airflow_provider_raylm.cluster", description=__doc__)
+    parser.add_argument("verb", choices=sorted(VERBS))
+    verb = parser.parse_args(arguments).verb
+    try:
+        request = json.loads(os.environ[REQUEST_VARIABLE])
+        check_version(request["version"])
+        ray.init(log_to_driver=False, logging_level=logging.CRITICAL)
+        # Ray reports the same failure from several layers; the outcome below tells it once.
+        for name in ("ray", "ray.data", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        result = VERBS[verb](request["payload"])
+    except Exception as error:
+        if not isinstance(error, RayLMError):
+            traceback.print_exc()
+        print(ERROR_SENTINEL + json.dumps(to_wire(error)), flush=True)
+        return 1
+    print(RESULT_SENTINEL + result.model_dump_json(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

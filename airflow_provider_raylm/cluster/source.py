@@ -1,0 +1,296 @@
+"""From a source in a spec to rows with stable ids: which files, which rows of each, in blocks.
+
+A row's id is its file's number in the sorted list and its position in the file, so that two tasks over one source give
+a row the same id, and sorting by id restores the input's order. An id that an earlier task gave is kept.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from ray.data import Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from airflow_provider_raylm.cluster.rows import missing_columns
+from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
+
+ROW_ID = f"{RESERVED_PREFIX}row_id"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file.
+
+    Attributes:
+        number: its place in the sorted list of the task's files.
+        uri: address that fsspec opens.
+        format: parquet, jsonl, csv or text.
+        size: bytes.
+        version: changes when the file's content does (fsspec's ``ukey``).
+    """
+
+    number: int
+    uri: str
+    format: str
+    size: int
+    version: str
+
+
+def list_files(spec: BatchSpec) -> list[SourceFile]:
+    """Return the files that the spec's source names, sorted; hidden ones (``_``, ``.``) are left out.
+
+    Raises:
+        BatchError: a file, folder or glob that matches nothing, or a suffix that tells no format.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for source in spec.sources:
+        fs, path = _filesystem(source)
+        matches = _matches(fs, path, spec)
+        if not matches:
+            raise BatchError(f"source {source!r} matches no file. Check the path and the pattern.")
+        for match in matches:
+            found[fs.unstrip_protocol(match)] = (int(fs.size(match) or 0), str(fs.ukey(match)))
+    return [
+        SourceFile(number, uri, spec.format_of(uri), size, version)
+        for number, (uri, (size, version)) in enumerate(sorted(found.items()))
+    ]
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    try:
+        fs, path = url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise BatchError(f"cannot open {uri!r}: {error}") from error
+    return fs, path
+
+
+def _matches(fs: Any, path: str, spec: BatchSpec) -> list[str]:
+    if fsspec.core.has_magic(path):
+        return [match for match in fs.glob(path) if fs.isfile(match) and not _hidden(match.rpartition("/")[2])]
+    if fs.isfile(path):
+        return [path]
+    if not fs.isdir(path):
+        return []
+    below = [(match, match.removeprefix(path).strip("/")) for match in fs.find(path)]
+    return [match for match, name in below if not any(map(_hidden, name.split("/")))]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(("_", "."))
+
+
+def schema_of(file: SourceFile) -> list[str]:
+    """Return the file's column names; for a file without rows, those that its format can tell."""
+    if file.format == "parquet":
+        with _Reading(file), fsspec.open(file.uri, "rb") as stream:
+            return list(pq.read_schema(stream).names)
+    first = next(_tables(file, None, 1), None)
+    return list(first.column_names) if first is not None else []
+
+
+def count_rows(files: Iterable[SourceFile]) -> int | None:
+    """Return the number of rows if the files tell it without being read (parquet), else None."""
+    total = 0
+    for file in files:
+        if file.format != "parquet":
+            return None
+        with _Reading(file), fsspec.open(file.uri, "rb") as stream:
+            total += pq.read_metadata(stream).num_rows
+    return total
+
+
+def check_columns(spec: BatchSpec, available: list[str]) -> None:
+    """Check every column that the spec names against the source's.
+
+    Raises:
+        BatchError: a column is missing, or an output column would overwrite one of the source.
+    """
+    named = set(spec.columns or ()) | ({spec.id_column} if spec.id_column else set())
+    missing = sorted(named - set(available))
+    if spec.preprocess is None:
+        missing += missing_columns(spec.all_steps, available)
+    if missing:
+        raise BatchError(f"the source has no column {', '.join(map(repr, missing))}; it has {', '.join(available)}")
+    kept = set(spec.columns if spec.columns is not None else available)
+    taken = [step.output_column for step in spec.all_steps if step.output_column in kept]
+    if taken:
+        raise BatchError(
+            f"output_column {taken[0]!r} is a column of the source, which is never overwritten. Choose another "
+            "output_column, or leave that column out with columns=."
+        )
+
+
+def columns_to_read(spec: BatchSpec, available: list[str]) -> list[str] | None:
+    """Return the columns a task needs from its files; None for all (a row function may look at any)."""
+    if spec.columns is None or spec.preprocess is not None or spec.postprocess is not None:
+        return None
+    used = {name for step in spec.all_steps for name in step.columns_used}
+    needed = set(spec.columns) | used | {spec.id_column or ROW_ID}
+    return [name for name in available if name in needed]
+
+
+class RowSource(Datasource):
+    """The rows of the files as a Ray Data source: one read task per file, tables with ``raylm_row_id``.
+
+    Args:
+        files: what to read.
+        spec: the task.
+        columns: columns to read; None for all.
+        done: ids to leave out, because an earlier attempt wrote them.
+    """
+
+    def __init__(self, files: list[SourceFile], spec: BatchSpec, columns: list[str] | None, done: pa.Array) -> None:
+        super().__init__()
+        self._files = files
+        self._spec = spec
+        self._columns = columns
+        self._done = done
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Return the files' size on disk in bytes."""
+        return sum(file.size for file in self._files)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Return one task per file, whatever *parallelism* asks for: a file is read in order."""
+        tasks = []
+        for file in self._files:
+            read = _Read(file, self._columns, self._spec.id_column, self._spec.block_rows, self._done)
+            metadata = BlockMetadata(num_rows=None, size_bytes=file.size, exec_stats=None, input_files=[file.uri])
+            tasks.append(ReadTask(read, metadata))
+        return tasks
+
+
+@dataclass(frozen=True)
+class _Read:
+    file: SourceFile
+    columns: list[str] | None
+    id_column: str | None
+    block_rows: int
+    done: pa.Array
+
+    def __call__(self) -> Iterator[pa.Table]:
+        for table in read_rows(self.file, self.columns, self.id_column, self.block_rows):
+            if len(self.done):
+                table = table.filter(pc.invert(pc.is_in(table[ROW_ID], value_set=self.done)))
+            yield table
+
+
+def read_rows(
+    file: SourceFile, columns: list[str] | None, id_column: str | None, block_rows: int
+) -> Iterator[pa.Table]:
+    """Yield the file's rows with their ids; other columns of this provider are left out.
+
+    Raises:
+        BatchError: the file cannot be read, or its id column has a null; the text names the file.
+    """
+    position = 0
+    for table in _tables(file, columns, block_rows):
+        ids = _ids(file, table, id_column, position)
+        position += table.num_rows
+        keep = [name for name in table.column_names if not name.startswith(RESERVED_PREFIX)]
+        yield table.select(keep).append_column(ROW_ID, ids)
+
+
+def _ids(file: SourceFile, table: pa.Table, id_column: str | None, position: int) -> pa.ChunkedArray:
+    source = id_column or (ROW_ID if ROW_ID in table.column_names else None)
+    if source is None:
+        return pa.chunked_array([[f"{file.number:05d}-{position + i:09d}" for i in range(table.num_rows)]], pa.string())
+    if source not in table.column_names:
+        raise BatchError(f"{file.uri}: no column {source!r}, which id_column names; it has {table.column_names}")
+    if table[source].null_count:
+        raise BatchError(f"{file.uri}: the id column {source!r} is null in {table[source].null_count} rows")
+    return table[source].cast(pa.string())
+
+
+def _tables(file: SourceFile, columns: list[str] | None, block_rows: int) -> Iterator[pa.Table]:
+    readers = {"parquet": _parquet, "jsonl": _jsonl, "csv": _csv, "text": _text}
+    with _Reading(file):
+        for table in readers[file.format](file, block_rows, columns):
+            if columns is not None:
+                table = table.select([name for name in columns if name in table.column_names])
+            yield table
+
+
+class _Reading:
+    """Names the file in whatever goes wrong while it is read."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # OSError: the storage; ArrowException: the format; ValueError: JSON and UTF-8.
+        if isinstance(error, OSError | pa.ArrowException | ValueError) and not isinstance(error, BatchError):
+            raise BatchError(f"cannot read {self._file.uri} as {self._file.format}: {error}") from error
+
+
+def _parquet(file: SourceFile, block_rows: int, columns: list[str] | None) -> Iterator[pa.Table]:
+    with fsspec.open(file.uri, "rb") as stream:
+        for batch in pq.ParquetFile(stream).iter_batches(batch_size=block_rows, columns=columns):
+            yield pa.Table.from_batches([batch])
+
+
+def _csv(file: SourceFile, block_rows: int, columns: list[str] | None) -> Iterator[pa.Table]:
+    """Read every column as text: a type guessed from the first rows fails, or changes, at a later one."""
+    with fsspec.open(file.uri, "rt", compression="infer", newline="", encoding="utf-8") as stream:
+        reader = csv.reader(stream, strict=True)
+        names = next(reader, None)
+        if names is None:
+            return
+        for number, chunk in _chunks(reader, block_rows):
+            for offset, row in enumerate(chunk):
+                if len(row) != len(names):
+                    raise ValueError(f"row {number + offset + 1} has {len(row)} fields, the header {len(names)}")
+            columns_of_cells = zip(*chunk, strict=True)
+            yield pa.table([pa.array(cells, pa.string()) for cells in columns_of_cells], names=names)
+
+
+def _jsonl(file: SourceFile, block_rows: int, columns: list[str] | None) -> Iterator[pa.Table]:
+    with fsspec.open(file.uri, "rt", compression="infer", encoding="utf-8") as stream:
+        lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
+        for _, chunk in _chunks(lines, block_rows):
+            rows = [_json_object(line, number) for number, line in chunk]
+            names = dict.fromkeys(itertools.chain.from_iterable(rows))
+            yield pa.table({name: [row.get(name) for row in rows] for name in names})
+
+
+def _json_object(line: str, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"line {number}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _text(file: SourceFile, block_rows: int, columns: list[str] | None) -> Iterator[pa.Table]:
+    with fsspec.open(file.uri, "rt", compression="infer", encoding="utf-8") as stream:
+        for _, chunk in _chunks(stream, block_rows):
+            yield pa.table({"text": pa.array([line.rstrip("\r\n") for line in chunk], pa.string())})
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
+    """Yield (number of the first item, items) in lists of at most *size*."""
+    iterator = iter(items)
+    for start in itertools.count(0, size):
+        chunk = list(itertools.islice(iterator, size))
+        if not chunk:
+            return
+        yield start, chunk

@@ -1,0 +1,109 @@
+"""Bring a Ray job about and follow it to its end, from a waiting worker."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from airflow_provider_raylm.errors import ClusterError
+from airflow_provider_raylm.polling import TERMINAL, Ended, Expired, JobInfo, Lost, Unreachable, Watch, decide
+from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
+from airflow_provider_raylm.wire import SAID
+
+Say = Callable[[str], None]
+
+
+class Stopped(ClusterError):
+    """The job was stopped before its end: by the user, or because the task was told to end."""
+
+
+def submit_or_attach(jobs: RayJobs, request: Callable[[int], JobRequest], say: Say) -> str:
+    """Return the submission id of the job to follow: the one that is running for this task, else a new one.
+
+    Args:
+        jobs: the cluster.
+        request: makes the request of the n-th attempt; equal but for the id.
+        say: receives a line about what was done.
+    """
+    for attempt in itertools.count(1):
+        candidate = request(attempt)
+        job = jobs.get(candidate.submission_id)
+        if job is not None and job.status in TERMINAL:
+            continue
+        if job is None and jobs.submit(candidate):
+            say(f"submitted Ray job {candidate.submission_id} to {jobs.dashboard_url}")
+        else:
+            say(f"attached to Ray job {candidate.submission_id}, which is running already")
+        return candidate.submission_id
+    raise AssertionError("unreachable")
+
+
+@dataclass
+class Follower:
+    """Follows one job: forwards its lines, waits, and knows how to stop.
+
+    Args:
+        jobs: the cluster.
+        submission_id: the job.
+        say: receives each line that the job says.
+        interval: seconds between two looks.
+    """
+
+    jobs: RayJobs
+    submission_id: str
+    say: Say
+    interval: float
+    _seen: int = 0
+    _told_to_end: threading.Event = field(default_factory=threading.Event)
+
+    def end(self) -> None:
+        """Stop the job and make ``wait`` raise. Safe in a signal handler."""
+        self._told_to_end.set()
+        self.jobs.stop(self.submission_id)
+
+    def wait(self, watch: Watch) -> str:
+        """Wait until the job has ended and return its log, whether it succeeded or not.
+
+        Raises:
+            Stopped: somebody stopped the job.
+            ClusterError: the job was lost, or *watch*'s deadline passed (the job is stopped then).
+        """
+        while True:
+            decision = decide(watch, self._look(), time.time())
+            if isinstance(decision, Ended):
+                return self._result(decision.job)
+            if isinstance(decision, Lost):
+                raise ClusterError(decision.reason)
+            if isinstance(decision, Expired):
+                self.jobs.stop(self.submission_id)
+                raise ClusterError(f"Ray job {self.submission_id} was not done in time; it was told to stop.")
+            watch = decision.watch
+            if self._told_to_end.wait(self.interval):
+                raise Stopped(f"The task was told to end; Ray job {self.submission_id} was told to stop.")
+
+    def _look(self) -> JobInfo | Unreachable | None:
+        try:
+            job = self.jobs.get(self.submission_id)
+            self._forward()
+        except Unreachable as error:
+            return error
+        return job
+
+    def _forward(self) -> None:
+        """Hand on the lines that are complete and were not handed on before."""
+        new = self.jobs.logs(self.submission_id, self._seen)
+        complete = new[: new.rfind("\n") + 1]
+        self._seen += len(complete)
+        for line in complete.splitlines():
+            if line.startswith(SAID):
+                self.say(line.removeprefix(SAID))
+
+    def _result(self, job: JobInfo) -> str:
+        if job.status == "STOPPED":
+            raise Stopped(f"Ray job {self.submission_id} was stopped: {job.message}")
+        # The log may trail the status.
+        self._forward()
+        return self.jobs.logs(self.submission_id)

@@ -1,0 +1,184 @@
+"""The embedded cluster behind ``raylm://local``: a Ray head on this machine, for laptops and tests.
+
+It is started when none answers, stays up for the next task, listens on loopback only, and needs the ``ray`` extra. Ray
+is run as a command, never imported.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+
+from airflow_provider_raylm.errors import ClusterError
+
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 30.0
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """A Ray head that this module started.
+
+    Attributes:
+        pid: process that owns all of the cluster's processes; it ends them when it is told to stop.
+        dashboard_url: address of the dashboard.
+        log: file with what Ray printed.
+    """
+
+    pid: int
+    dashboard_url: str
+    log: str
+
+
+def default_folder() -> Path:
+    """Return the folder of this user's embedded cluster."""
+    return Path(tempfile.gettempdir()) / f"raylm-{os.getuid()}"
+
+
+def ensure_local_cluster(port: int) -> str:
+    """Return the dashboard's address of the Ray head on this machine, after starting one if none answers.
+
+    Raises:
+        ClusterError: Ray is not installed, or did not come up; the text has its last words.
+    """
+    url = f"http://{HOST}:{port}"
+    with _locked(default_folder()):
+        if not _answers(url):
+            start(default_folder(), port)
+    return url
+
+
+def find_token(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the token of the local cluster, from where Ray itself looks, or None.
+
+    The order is Ray's: RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, ``~/.ray/auth_token``.
+    """
+    if environ.get("RAY_AUTH_TOKEN"):
+        return environ["RAY_AUTH_TOKEN"]
+    path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path.read_text().strip() or None if path.is_file() else None
+
+
+def start(
+    folder: Path, port: int, *, cpus: float | None = None, environ: Mapping[str, str] | None = None
+) -> LocalCluster:
+    """Start a Ray head and wait until its dashboard answers.
+
+    Args:
+        folder: holds the log, the note for ``stop``, and Ray's session. Ray makes sockets below it, whose paths Linux
+            limits to 107 bytes: keep it short.
+        port: of the dashboard; not within Ray's worker ports, 10002 to 19999.
+        cpus: logical CPUs; default: the machine's.
+        environ: the head's environment; default: this process's.
+
+    Raises:
+        ClusterError: Ray is not installed, or did not come up within 90 s.
+    """
+    if find_spec("ray") is None:
+        raise ClusterError("raylm://local needs Ray on this machine: pip install 'airflow-provider-raylm[cpu]'")
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "ray-head.log"
+    environment = dict(os.environ if environ is None else environ)
+    # Jobs start `python`: it has to be the interpreter that has Ray.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    agent, client = _free_ports(2)
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+        *(f"--node-ip-address={HOST}", "--port=0", f"--temp-dir={folder}"),
+        *(f"--dashboard-host={HOST}", f"--dashboard-port={port}"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
+        *([f"--num-cpus={cpus:g}"] if cpus is not None else []),
+    ]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    cluster = LocalCluster(process.pid, f"http://{HOST}:{port}", str(log))
+    _note(folder).write_text(json.dumps(asdict(cluster)))
+    end = time.monotonic() + START_TIMEOUT_S
+    while not _answers(cluster.dashboard_url):
+        if process.poll() is not None or time.monotonic() >= end:
+            stop(folder)
+            words = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise ClusterError(f"Ray did not come up at {cluster.dashboard_url}. Its last words:\n{words}")
+        time.sleep(0.2)
+    return cluster
+
+
+def stop(folder: Path) -> None:
+    """Stop the Ray head that ``start`` started in *folder*, and wait until its processes have ended."""
+    note = _note(folder)
+    if not note.exists():
+        return
+    pid = int(json.loads(note.read_text())["pid"])
+    end = time.monotonic() + STOP_TIMEOUT_S
+    with_session = _session(pid)
+    if with_session:
+        os.kill(pid, signal.SIGTERM)
+    while _session(pid):
+        if time.monotonic() >= end:
+            for straggler in _session(pid):
+                os.kill(straggler, signal.SIGKILL)
+        time.sleep(0.2)
+    note.unlink()
+
+
+def _session(leader: int) -> list[int]:
+    """Return the live processes of the session that *leader* began: all that the head started, wherever they hang."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):
+            continue
+        if int(session) == leader and state != "Z":
+            members.append(int(stat.parent.name))
+    return sorted(members, key=lambda pid: pid != leader)
+
+
+def _note(folder: Path) -> Path:
+    return folder / "cluster.json"
+
+
+def _answers(url: str) -> bool:
+    try:
+        # A head that asks for a token is up, too.
+        return httpx.get(f"{url}/api/version", timeout=5, trust_env=False).status_code < 500
+    except httpx.TransportError:
+        return False
+
+
+def _free_ports(count: int) -> list[int]:
+    with_sockets = [socket.socket() for _ in range(count)]
+    for one in with_sockets:
+        one.bind((HOST, 0))
+    ports: list[int] = []
+    for one in with_sockets:
+        with closing(one):
+            ports.append(one.getsockname()[1])
+    return ports
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time decide whether to start: several tasks begin together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

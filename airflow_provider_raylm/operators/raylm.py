@@ -1,0 +1,275 @@
+"""The tasks of a DAG: deploy an engine, use it, tear it down, sweep up what was left.
+
+Specs do the validating and the cluster does the work; an operator adds what Airflow knows: whose run this is, which
+job is already running for it, and when to stop it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from airflow.sdk import BaseOperator, XComArg, conf
+
+from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.following import Follower, submit_or_attach
+from airflow_provider_raylm.hooks.raylm import RayLMHook
+from airflow_provider_raylm.naming import application_name, submission_id
+from airflow_provider_raylm.polling import Watch
+from airflow_provider_raylm.ray_jobs import JobRequest
+from airflow_provider_raylm.specs import (
+    BatchReport,
+    BatchSpec,
+    EngineRef,
+    EngineSpec,
+    Labels,
+    SpecT,
+    SweepReport,
+    TeardownReport,
+    Value,
+    build,
+    check_unrendered,
+)
+from airflow_provider_raylm.wire import outcome
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+# What a deploy may take beyond its own timeout: the job's start, and the removal of an engine that failed.
+_DEPLOY_GRACE_S = 600.0
+
+
+class RayLMOperator(BaseOperator):
+    """Runs one verb on the cluster as a Ray job and returns its result.
+
+    A retry attaches to the job that is still running for the same task and request, and never submits a second one.
+
+    Args:
+        raylm_conn_id: connection to the Ray cluster.
+        poll_interval: seconds between two looks at the job.
+    """
+
+    ui_color = "#cfe8ff"
+
+    def __init__(
+        self, *, raylm_conn_id: str = RayLMHook.default_conn_name, poll_interval: float = 3.0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.raylm_conn_id = raylm_conn_id
+        self.poll_interval = poll_interval
+        self._follower: Follower | None = None
+
+    def run_on_cluster(
+        self, context: Context, verb: str, payload: Mapping[str, Any], *, timeout: float | None = None
+    ) -> tuple[dict[str, Any], str]:
+        """Run *verb* and return (its result, the dashboard's address).
+
+        Args:
+            context: Airflow's context of the task.
+            verb: deploy, infer, teardown or sweep.
+            payload: the verb's arguments, JSON values.
+            timeout: seconds after which the job is stopped; None leaves it to ``execution_timeout``.
+
+        Raises:
+            RayLMError: what the cluster reported, or why it could not.
+        """
+        ti = context["ti"]
+        task = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index if ti.map_index is not None else -1)
+        metadata = {"dag_id": ti.dag_id, "run_id": ti.run_id, "task_id": ti.task_id, "map_index": str(task[3])}
+
+        def request(attempt: int) -> JobRequest:
+            return JobRequest(submission_id(verb, task, payload, attempt), verb, payload, metadata)
+
+        with closing(RayLMHook(self.raylm_conn_id).get_conn()) as jobs:
+            job = submit_or_attach(jobs, request, self.log.info)
+            self._follower = Follower(jobs, job, self.log.info, self.poll_interval)
+            deadline = time.time() + timeout if timeout is not None else None
+            return outcome(self._follower.wait(Watch(deadline=deadline))), jobs.dashboard_url
+
+    def on_kill(self) -> None:
+        """Stop the remote job; Airflow calls this when the task is marked, cleared or timed out."""
+        if self._follower is not None:
+            self._follower.end()
+
+
+class DeployEngineOperator(RayLMOperator):
+    """Deploys the run's engine, or adopts it when an earlier try brought it up. Use as a setup task.
+
+    Returns an ``EngineRef`` as JSON values. Whatever a failed deploy created is removed again.
+
+    Args:
+        engine: an EngineSpec, or a dict with its fields, in which strings may be Jinja templates.
+        replace: replace an engine of the same name that another spec of this run deployed.
+    """
+
+    template_fields = ("engine",)
+
+    def __init__(self, *, engine: EngineSpec | dict[str, Any] | XComArg, replace: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.engine = _renderable(EngineSpec, engine)
+        self.replace = replace
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Deploy and return the EngineRef."""
+        spec = build(EngineSpec, self.engine)
+        payload = {
+            "engine": spec.model_dump(mode="json", exclude_unset=True),
+            "labels": _labels(context, spec.name).model_dump(),
+            "replace": self.replace,
+        }
+        result, dashboard = self.run_on_cluster(
+            context, "deploy", payload, timeout=spec.deploy_timeout + _DEPLOY_GRACE_S
+        )
+        return _json(build(EngineRef, {**result, "dashboard_url": dashboard}))
+
+
+class BatchInferenceOperator(RayLMOperator):
+    """Answers every row of a source with a deployed engine.
+
+    Returns a ``BatchReport`` as JSON values: counts and places, never rows.
+
+    Args:
+        engine: the deploy task's output (an EngineRef).
+        batch: a BatchSpec, or a dict with its fields, in which strings may be Jinja templates and ``source`` may be
+            an earlier task's output.
+    """
+
+    template_fields = ("engine", "batch")
+    template_fields_renderers: ClassVar[dict[str, str]] = {"batch": "json"}
+
+    def __init__(
+        self,
+        *,
+        engine: EngineRef | dict[str, Any] | XComArg,
+        batch: BatchSpec | dict[str, Any] | XComArg,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.engine = _renderable(EngineRef, engine)
+        self.batch = _renderable(BatchSpec, batch)
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Run the pipeline and return the BatchReport."""
+        if self.engine is None:
+            raise SpecError("engine: the deploy task left no reference. Clear the deploy task together with this one.")
+        payload = {
+            "engine": _json(build(EngineRef, self.engine)),
+            "batch": build(BatchSpec, self.batch).model_dump(mode="json", exclude_unset=True),
+        }
+        result, _ = self.run_on_cluster(context, "infer", payload)
+        report = build(BatchReport, result)
+        self.log.info(
+            "%d rows in = %d written + %d quarantined + %d already done; %.1f rows/s, %.0f tokens/s; output %s",
+            *(report.rows_in, report.rows_written, report.rows_quarantined, report.rows_already_done),
+            *(report.rows_per_s, report.tokens_per_s, report.output),
+        )
+        return _json(report)
+
+
+class TeardownEngineOperator(RayLMOperator):
+    """Deletes the run's engine and waits until its resources are free. Use as a teardown task.
+
+    Returns a ``TeardownReport`` as JSON values. An engine that is gone already is success.
+
+    Args:
+        engine: the deploy task's output (an EngineRef), or the engine's name, which also works when that output was
+            lost.
+    """
+
+    template_fields = ("engine",)
+
+    def __init__(self, *, engine: EngineRef | dict[str, Any] | str | XComArg, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.engine = engine if isinstance(engine, str) else _renderable(EngineRef, engine)
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Tear down and return the TeardownReport."""
+        if isinstance(self.engine, str):
+            application = application_name(_labels(context, self.engine))
+        elif self.engine is None:
+            raise SpecError(
+                "engine: the deploy task left no reference. Give the engine's name instead (engine='…'): it is enough "
+                "to find the engine of this run."
+            )
+        else:
+            application = build(EngineRef, self.engine).application
+        result, _ = self.run_on_cluster(context, "teardown", {"application": application})
+        report = build(TeardownReport, result)
+        self.log.info(
+            "engine %s: %.0f s, %d requests, %d generated tokens",
+            *(report.application, report.engine_seconds, report.usage.requests, report.usage.completion_tokens),
+        )
+        return _json(report)
+
+
+class SweepEnginesOperator(RayLMOperator):
+    """Deletes engines that outlived their run: those whose DAG run is over or deleted, and those that are too old.
+
+    Only engines that this Airflow installation deployed through this provider are looked at.
+    Returns a ``SweepReport`` as JSON values.
+
+    Args:
+        max_age: age past which an engine is deleted even if its run still goes on; None for no bound.
+    """
+
+    def __init__(self, *, max_age: timedelta | None = timedelta(days=1), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.max_age = max_age
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Sweep and return the SweepReport."""
+        payload: dict[str, Any] = {"delete": [], "max_age": None, "installation": _installation()}
+        listed, _ = self.run_on_cluster(context, "sweep", payload)
+        over = [
+            engine.application
+            for engine in build(SweepReport, listed).engines
+            if not _run_is_alive(context, engine.labels)
+        ]
+        max_age = self.max_age.total_seconds() if self.max_age is not None else None
+        result, _ = self.run_on_cluster(context, "sweep", {**payload, "delete": over, "max_age": max_age})
+        report = build(SweepReport, result)
+        self.log.info("%d engines found, %d deleted", len(report.engines), len(report.deleted))
+        return _json(report)
+
+
+def _labels(context: Context, engine: str) -> Labels:
+    ti = context["ti"]
+    return Labels(installation=_installation(), dag_id=ti.dag_id, run_id=ti.run_id, engine=engine)
+
+
+def _installation() -> str:
+    """Return what tells this Airflow from another on the same cluster: the address of its API server."""
+    return str(conf.get("api", "base_url", fallback=None) or "http://localhost:8080")
+
+
+def _run_is_alive(context: Context, labels: Labels) -> bool:
+    """Return whether the run is queued or running; a deleted run is not."""
+    alive = context["ti"].get_dr_count(labels.dag_id, run_ids=[labels.run_id], states=["queued", "running"])
+    return bool(alive)
+
+
+def _renderable(spec: type[SpecT], value: Any) -> Any:
+    """Return *value* as Airflow can render it, after checking what is known when the DAG is parsed."""
+    if isinstance(value, spec):
+        return value.model_dump(mode="json", exclude_unset=True)
+    check_unrendered(spec, value, _is_deferred)
+    return value
+
+
+def _is_deferred(value: object) -> bool:
+    """Return whether Airflow fills in (part of) the value when the task runs."""
+    if isinstance(value, str):
+        return "{{" in value or "{%" in value
+    if isinstance(value, Mapping):
+        return any(_is_deferred(one) for one in value.values())
+    if isinstance(value, list | tuple):
+        return any(_is_deferred(one) for one in value)
+    return value is None or isinstance(value, XComArg)
+
+
+def _json(value: Value) -> dict[str, Any]:
+    dumped: dict[str, Any] = value.model_dump(mode="json")
+    return dumped

@@ -1,0 +1,217 @@
+"""For the unit tests of people who write DAGs: a Ray cluster that is not there.
+
+    fake = FakeRayJobs()
+    with fake.installed():
+        run = dag.test()
+    assert run.state == "success"
+    assert fake.engines == {}                       # nothing was left behind
+    assert fake.batches["label"].max_tokens == 4    # what a task asked for, rendered
+
+Jobs end at once. The same contract suite runs against this class and against real Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+from airflow_provider_raylm.errors import EngineError, RayLMError, to_wire
+from airflow_provider_raylm.hooks.raylm import RayLMHook
+from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT, application_name, fingerprint
+from airflow_provider_raylm.polling import FAILED, STOPPED, SUCCEEDED, TERMINAL, JobInfo
+from airflow_provider_raylm.ray_jobs import JobRequest
+from airflow_provider_raylm.specs import (
+    BatchReport,
+    BatchSpec,
+    EngineInfo,
+    EngineRef,
+    EngineSpec,
+    EngineUsage,
+    Labels,
+    SweepReport,
+    TeardownReport,
+    Value,
+    build,
+)
+from airflow_provider_raylm.wire import ERROR_SENTINEL, RESULT_SENTINEL, SAID
+
+
+@dataclass
+class _Engine:
+    spec: EngineSpec
+    labels: Labels
+    usage: EngineUsage = field(default_factory=EngineUsage)
+
+
+class FakeRayJobs:
+    """A ``RayJobs`` in memory: engines are names, inference tasks answer with the counts they are told.
+
+    Attributes:
+        engines: applications that are deployed and not torn down, with their specs.
+        deployed: names of all engines that were ever started, in order.
+        batches: the BatchSpec of every inference task that was submitted, by task id (the last one of a mapped task).
+        submitted: every request, in order.
+    """
+
+    dashboard_url = "http://fake-ray:8265"
+
+    def __init__(self) -> None:
+        self.deployed: list[str] = []
+        self.batches: dict[str, BatchSpec] = {}
+        self.submitted: list[JobRequest] = []
+        self._engines: dict[str, _Engine] = {}
+        self._jobs: dict[str, tuple[JobInfo, str]] = {}
+        self._reports: dict[str, dict[str, Any]] = {}
+        self._failures: dict[str, list[RayLMError]] = {}
+
+    @property
+    def engines(self) -> dict[str, EngineSpec]:
+        """The engines that are up, by application."""
+        return {application: engine.spec for application, engine in self._engines.items()}
+
+    @contextmanager
+    def installed(self) -> Iterator[FakeRayJobs]:
+        """Let every raylm connection lead here while the body runs; no connection needs to exist."""
+
+        def connect(hook: RayLMHook) -> FakeRayJobs:
+            return self
+
+        with patch.object(RayLMHook, "get_conn", connect):
+            yield self
+
+    def report(self, task_id: str, rows: int = 1, **counts: Any) -> None:
+        """Say what the inference task *task_id* will report: *rows* in, and further BatchReport fields.
+
+        Rows that no field mentions count as written; so ``report("label", 10, failures={"null_value": 2})`` gives 8
+        written and 2 quarantined.
+        """
+        quarantined = sum(counts.get("failures", {}).values())
+        done = counts.get("rows_already_done", 0)
+        self._reports[task_id] = {
+            "rows_in": rows,
+            "rows_quarantined": quarantined,
+            "rows_written": rows - quarantined - done,
+            **counts,
+        }
+
+    def fail(self, task_id: str, error: RayLMError) -> None:
+        """Let the next job of the task *task_id* fail with *error*; call again to fail the one after it, too."""
+        self._failures.setdefault(task_id, []).append(error)
+
+    def ray_version(self) -> str:
+        """Return a version that is no real one."""
+        return "0.0-fake"
+
+    def submit(self, request: JobRequest) -> bool:
+        """Run the job to its end; return False when one with that id exists already."""
+        if request.submission_id in self._jobs:
+            return False
+        request.wire()
+        self.submitted.append(request)
+        said = SAID + f"{request.verb} on a fake cluster\n"
+        try:
+            failures = self._failures.get(request.metadata.get("task_id", ""))
+            if failures:
+                raise failures.pop(0)
+            result = self._verbs()[request.verb](dict(request.payload), request)
+        except RayLMError as error:
+            log = said + ERROR_SENTINEL + json.dumps(to_wire(error)) + "\n"
+            self._jobs[request.submission_id] = (JobInfo(FAILED, "the job failed"), log)
+        else:
+            log = said + RESULT_SENTINEL + result.model_dump_json() + "\n"
+            self._jobs[request.submission_id] = (JobInfo(SUCCEEDED), log)
+        return True
+
+    def get(self, submission_id: str) -> JobInfo | None:
+        """Return the job, or None."""
+        job = self._jobs.get(submission_id)
+        return job[0] if job else None
+
+    def logs(self, submission_id: str, offset: int = 0) -> str:
+        """Return the job's output from character *offset* on."""
+        job = self._jobs.get(submission_id)
+        return job[1][offset:] if job else ""
+
+    def stop(self, submission_id: str) -> None:
+        """Stop the job if it has not ended."""
+        job = self._jobs.get(submission_id)
+        if job and job[0].status not in TERMINAL:
+            self._jobs[submission_id] = (JobInfo(STOPPED), job[1])
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def _verbs(self) -> dict[str, Callable[[dict[str, Any], JobRequest], Value]]:
+        return {"deploy": self._deploy, "infer": self._infer, "teardown": self._teardown, "sweep": self._sweep}
+
+    def _deploy(self, payload: dict[str, Any], request: JobRequest) -> Value:
+        spec, labels = build(EngineSpec, payload["engine"]), build(Labels, payload["labels"])
+        application = application_name(labels)
+        there = self._engines.get(application)
+        adopted = there is not None and fingerprint(there.spec) == fingerprint(spec)
+        if there is not None and not adopted and not payload["replace"]:
+            raise EngineError(
+                f"{application} is running with another spec (fingerprint {fingerprint(there.spec)}, now asked for "
+                f"{fingerprint(spec)})."
+            )
+        if not adopted:
+            self._engines[application] = _Engine(spec, labels)
+            self.deployed.append(spec.name)
+        return EngineRef(
+            application=application,
+            deployment=ENGINE_DEPLOYMENT,
+            model=spec.served_model_name,
+            fingerprint=fingerprint(spec),
+            labels=labels,
+            lease=spec.lease,
+            adopted=adopted,
+        )
+
+    def _infer(self, payload: dict[str, Any], request: JobRequest) -> Value:
+        spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
+        task_id = request.metadata.get("task_id", "")
+        self.batches[task_id] = spec
+        engine = self._engines.get(ref.application)
+        if engine is None:
+            raise EngineError(f"The engine {ref.application} is gone. Clear the deploy task together with this one.")
+        report = BatchReport(
+            output=spec.output,
+            quarantine=spec.quarantine_uri,
+            application=ref.application,
+            model=ref.model,
+            fingerprint=fingerprint(spec),
+            **(self._reports.get(task_id) or {"rows_in": 1, "rows_written": 1, "rows_quarantined": 0}),
+        )
+        engine.usage = engine.usage.plus(report)
+        return report
+
+    def _teardown(self, payload: dict[str, Any], request: JobRequest) -> Value:
+        engine = self._engines.pop(payload["application"], None)
+        return TeardownReport(
+            application=payload["application"],
+            existed=engine is not None,
+            usage=engine.usage if engine else EngineUsage(),
+            resources_free=True,
+        )
+
+    def _sweep(self, payload: dict[str, Any], request: JobRequest) -> Value:
+        found = tuple(
+            EngineInfo(
+                application=application,
+                status="RUNNING",
+                fingerprint=fingerprint(engine.spec),
+                labels=engine.labels,
+                age_seconds=0.0,
+                usage=engine.usage,
+            )
+            for application, engine in sorted(self._engines.items())
+            if engine.labels.installation == payload["installation"]
+        )
+        deleted = tuple(info.application for info in found if info.application in payload["delete"])
+        for application in deleted:
+            del self._engines[application]
+        return SweepReport(engines=found, deleted=deleted)

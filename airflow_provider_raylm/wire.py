@@ -1,0 +1,43 @@
+"""What travels between an Airflow worker and the Ray job it started: a request in, lines and one outcome out.
+
+The request is JSON in the job's environment, because a command line would go through a shell. The outcome is one
+sentinel line of the job's log. Both sides import this module, so it needs neither httpx nor ray.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from airflow_provider_raylm import __version__
+from airflow_provider_raylm.errors import ClusterError, from_wire
+
+REQUEST_VARIABLE = "RAYLM_REQUEST"
+RESULT_SENTINEL = "RAYLM-RESULT "
+ERROR_SENTINEL = "RAYLM-ERROR "
+
+SAID = "raylm: "
+"""Begins every line that a job prints for the task's log; any other line is noise of the libraries below."""
+
+
+def outcome(log: str) -> dict[str, Any]:
+    """Return the result that a job's log ends with.
+
+    Raises:
+        RayLMError: the error that the job reported, of the class it had there.
+        ClusterError: the job ended without a word; the last lines are in the message.
+    """
+    for line in reversed(log.splitlines()):
+        if line.startswith(RESULT_SENTINEL):
+            result: dict[str, Any] = json.loads(line.removeprefix(RESULT_SENTINEL))
+            return result
+        if line.startswith(ERROR_SENTINEL):
+            raise from_wire(json.loads(line.removeprefix(ERROR_SENTINEL)))
+    if "No module named" in log and "airflow_provider_raylm" in log:
+        raise ClusterError(
+            f"The cluster does not have the package airflow-provider-raylm (this worker has {__version__}). Install "
+            f"it there (pip install --no-deps airflow-provider-raylm=={__version__}), or let the connection ship it "
+            '(extra {"ship_package": true}).'
+        )
+    tail = "\n".join(log.splitlines()[-15:]) or "(the log is empty)"
+    raise ClusterError(f"The job ended without a result. Its last lines:\n{tail}")

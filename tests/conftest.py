@@ -1,0 +1,37 @@
+"""What all tests share: an Airflow home of their own, and nothing that reaches for the network."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+DAGS = REPOSITORY / "dags"
+
+# Airflow reads these when it is imported, which the test modules do: before any fixture.
+AIRFLOW_HOME = Path(tempfile.mkdtemp(prefix="raylm-airflow-"))
+os.environ.update(
+    AIRFLOW_HOME=str(AIRFLOW_HOME),
+    AIRFLOW__CORE__DAGS_FOLDER=str(DAGS),
+    AIRFLOW__CORE__LOAD_EXAMPLES="False",
+    AIRFLOW__DATABASE__SQL_ALCHEMY_CONN=f"sqlite:///{AIRFLOW_HOME}/airflow.db",
+    AIRFLOW__LOGGING__LOGGING_LEVEL="WARNING",
+    HF_HUB_OFFLINE="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_CPU_KVCACHE_SPACE="1",
+)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(AIRFLOW_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def airflow_db():
+    """Make Airflow's database."""
+    from airflow.utils.db import initdb
+
+    initdb()

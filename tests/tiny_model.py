@@ -1,0 +1,75 @@
+"""A small Qwen2-shaped model with random weights, made here: enough to run the real engine, nothing to download."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+CONTEXT_LENGTH = 512
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+    """Save the model and a byte-level BPE tokenizer to *folder*, unless they are there; return the folder.
+
+    Two layers of width 64, a vocabulary of at most 1,000, float32, a context of 512 tokens.
+    """
+    if (folder / "tokenizer_config.json").exists():
+        return folder
+    import torch
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(), eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        # A head of 32: vLLM's CPU attention knows no smaller one.
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=CONTEXT_LENGTH,
+        tie_word_embeddings=True,
+        # Larger than usual, so that random logits lie apart and greedy answers depend on the prompt.
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config).to(torch.float32)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _byte_level_bpe() -> object:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    return tokenizer
+
+
+def _texts() -> Iterator[str]:
+    for module in (inspect, sys.modules["pathlib"]):
+        yield from inspect.getsource(module).splitlines()
+
+
+if __name__ == "__main__":
+    print(make_tiny_model(Path(sys.argv[1])))

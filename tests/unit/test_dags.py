@@ -1,0 +1,87 @@
+"""The DAGs that users copy parse and run, on a cluster that is not there."""
+
+import pytest
+from airflow.dag_processing.dagbag import DagBag
+
+from airflow_provider_raylm.errors import EngineError
+from airflow_provider_raylm.testing import FakeRayJobs
+from tests.conftest import DAGS
+
+
+@pytest.fixture(scope="session")
+def dagbag(airflow_db):
+    return DagBag(str(DAGS))
+
+
+def run(dagbag, dag_id, fake):
+    with fake.installed():
+        return dagbag.dags[dag_id].test()
+
+
+def states(dag_run):
+    return {ti.task_id: str(ti.state) for ti in dag_run.get_task_instances()}
+
+
+def test_every_dag_parses(dagbag):
+    """And every file holds one."""
+    assert dagbag.import_errors == {}
+    assert len(dagbag.dags) == len(list(DAGS.glob("*.py")))
+
+
+@pytest.mark.parametrize(
+    ("dag_id", "engines", "tasks"),
+    [
+        ("raylm_quickstart", ["reviewer"], {"label", "keywords", "reply"}),
+        ("raylm_daily_reviews", ["reviewer"], {"review"}),
+        ("raylm_two_engines", ["sorter", "writer"], {"topic", "draft"}),
+        ("raylm_partitions", ["reader"], {"language"}),
+        ("raylm_sweep_engines", [], set()),
+    ],
+)
+def test_every_dag_runs(dagbag, dag_id, engines, tasks):
+    """One start per engine, every task on it, nothing left."""
+    fake = FakeRayJobs()
+
+    assert run(dagbag, dag_id, fake).state == "success"
+
+    assert engines == fake.deployed
+    assert tasks == set(fake.batches)
+    assert fake.engines == {}
+
+
+def test_templates_are_rendered(dagbag):
+    """Params reach the specs, and one task's output is the next one's source."""
+    fake = FakeRayJobs()
+    run(dagbag, "raylm_quickstart", fake)
+
+    assert fake.batches["label"].output == "s3://out/quickstart/label"
+    assert fake.batches["reply"].sources == ("s3://out/quickstart/label",)
+    assert fake.batches["reply"].output_column == "reply"
+    verbs = [request.verb for request in fake.submitted]
+    assert (verbs[0], verbs[-1], len(verbs)) == ("deploy", "teardown", 5)
+
+
+def test_the_engine_is_torn_down_when_a_task_fails(dagbag):
+    """The run fails, the engine goes."""
+    fake = FakeRayJobs()
+    fake.fail("label", EngineError("no luck"))
+    result = run(dagbag, "raylm_quickstart", fake)
+
+    assert result.state == "failed"
+    assert fake.engines == {}
+    assert states(result) == {
+        "deploy_reviewer": "success",
+        "label": "failed",
+        "keywords": "success",
+        "reply": "upstream_failed",
+        "teardown_reviewer": "success",
+    }
+
+
+def test_each_partition_gets_its_task(dagbag):
+    """On the one engine."""
+    fake = FakeRayJobs()
+    run(dagbag, "raylm_partitions", fake)
+
+    outputs = {request.payload["batch"]["output"] for request in fake.submitted if request.verb == "infer"}
+    assert outputs == {f"s3://out/reviews/region={region}" for region in ("eu", "us", "apac")}

@@ -1,0 +1,403 @@
+"""Source, stage and sink, each alone: no cluster, an engine made of a function."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from airflow_provider_raylm.cluster.report import Tally, count_block
+from airflow_provider_raylm.cluster.rows import Answer, RowError
+from airflow_provider_raylm.cluster.sinks import MANIFEST, Output, task_fingerprint
+from airflow_provider_raylm.cluster.source import (
+    ROW_ID,
+    check_columns,
+    columns_to_read,
+    count_rows,
+    list_files,
+    read_rows,
+    schema_of,
+)
+from airflow_provider_raylm.cluster.stage import BlockAnswerer, through_handle
+from airflow_provider_raylm.errors import BatchError, EngineError
+from airflow_provider_raylm.specs import BatchReport, BatchSpec
+
+SPEC = {"prompt": "${text}", "output": "unused"}
+
+
+def spec(tmp_path, **fields):
+    return BatchSpec.model_validate({**SPEC, "source": str(tmp_path), "output": str(tmp_path / "out"), **fields})
+
+
+def rows_of(task, columns=None):
+    tables = [table for file in list_files(task) for table in read_rows(file, columns, task.id_column, task.block_rows)]
+    return pa.concat_tables(tables, promote_options="default").to_pylist() if tables else []
+
+
+# --- source -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "x", "n": 1}\n\n{"text": "y"}\n'),
+        ("a.csv", 'text,n\nx,1\n"y\nwith line",\n'),
+        ("a.csv.gz", "text,n\nx,1\ny,2\n"),
+        ("a.txt", "x\ny\n"),
+    ],
+)
+def test_each_format_gives_rows_with_ids(tmp_path, name, content):
+    """One id per row: the file's number and the row's position."""
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    rows = rows_of(spec(tmp_path, block_rows=1))
+
+    assert [row[ROW_ID] for row in rows] == ["00000-000000000", "00000-000000001"]
+    assert [row["text"][0] for row in rows] == ["x", "y"]
+
+
+def test_ids_restore_the_order_of_several_files(tmp_path):
+    """Sorting by id is sorting by file and position, whatever the block size."""
+    for name in ("b", "a"):
+        pq.write_table(pa.table({"text": [f"{name}{i}" for i in range(5)]}), tmp_path / f"{name}.parquet")
+    task = spec(tmp_path, block_rows=2)
+    rows = rows_of(task)
+
+    assert [row["text"] for row in sorted(rows, key=lambda row: row[ROW_ID])] == [
+        f"{n}{i}" for n in "ab" for i in range(5)
+    ]
+    assert count_rows(list_files(task)) == 10
+
+
+def test_an_earlier_tasks_ids_are_kept_and_its_counts_dropped(tmp_path):
+    """So that outputs of a chain can be joined on the id."""
+    pq.write_table(pa.table({"text": ["x"], ROW_ID: ["00003-7"], "raylm_prompt_tokens": [3]}), tmp_path / "a.parquet")
+
+    assert rows_of(spec(tmp_path)) == [{"text": "x", ROW_ID: "00003-7"}]
+
+
+def test_an_id_column_is_used_and_must_not_be_null(tmp_path):
+    """Numbers become text."""
+    pq.write_table(pa.table({"text": ["x", "y"], "key": [7, 8]}), tmp_path / "a.parquet")
+    assert [row[ROW_ID] for row in rows_of(spec(tmp_path, id_column="key"))] == ["7", "8"]
+
+    pq.write_table(pa.table({"text": ["x", "y"], "key": [7, None]}), tmp_path / "a.parquet")
+    with pytest.raises(BatchError, match=r"a\.parquet: the id column 'key' is null in 1 rows"):
+        rows_of(spec(tmp_path, id_column="key"))
+
+
+def test_folders_globs_and_hidden_files(tmp_path):
+    """What a manifest or a quarantine keeps beside the rows is no input."""
+    for name in ("in/a.txt", "in/deep/b.txt", "in/_quarantine/c.txt", "in/.d.txt", "in/_manifest.txt", "e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x\n")
+
+    def names(source):
+        return [file.uri.removeprefix(f"file://{tmp_path}/") for file in list_files(spec(tmp_path, source=source))]
+
+    assert names(str(tmp_path / "in")) == ["in/a.txt", "in/deep/b.txt"]
+    assert names(f"{tmp_path}/in/*.txt") == ["in/a.txt"]
+    assert names([f"file://{tmp_path}/e.txt", f"{tmp_path}/in"]) == ["e.txt", "in/a.txt", "in/deep/b.txt"]
+
+
+@pytest.mark.parametrize("source", ["{}/nothing-here", "{}/*.parquet"])
+def test_a_source_that_matches_nothing_is_named(tmp_path, source):
+    """A misspelt path must not look like an empty day."""
+    with pytest.raises(BatchError, match="matches no file"):
+        list_files(spec(tmp_path, source=source.format(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("bad.parquet", b"PAR1 not really", "cannot read .*bad.parquet as parquet"),
+        ("bad.jsonl", b'{"text": "x"}\n{"text": \n', "cannot read .*bad.jsonl as jsonl: line 2"),
+        ("list.jsonl", b"[1]\n", "line 1: expected an object, found list"),
+        ("bad.csv", b"text,n\nx,1\ny\n", "cannot read .*bad.csv as csv: row 2 has 1 fields, the header 2"),
+        ("bad.txt", b"\xff\xfe\xfa", "cannot read .*bad.txt as text"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path, name, content, reason):
+    """With its place and the reader's own words."""
+    (tmp_path / name).write_bytes(content)
+    task = spec(tmp_path)
+
+    with pytest.raises(BatchError, match=reason):
+        [schema_of(file) for file in list_files(task)] and rows_of(task)
+
+
+def test_columns_are_checked_before_anything_is_asked(tmp_path):
+    """Missing ones are named beside those that are there; none of the source's is overwritten."""
+    with pytest.raises(BatchError, match=r"no column 'text', 'n'|no column 'n', 'text'"):
+        check_columns(spec(tmp_path, columns=["n"]), ["a", "b"])
+    with pytest.raises(BatchError, match="output_column 'text' is a column of the source"):
+        check_columns(spec(tmp_path, output_column="text"), ["text"])
+    check_columns(spec(tmp_path, output_column="text", prompt="${a}", columns=["a"]), ["text", "a"])
+
+
+def test_only_needed_columns_are_read(tmp_path):
+    """Unless a row function may look at any."""
+    there = ["text", "a", "b", ROW_ID]
+
+    assert columns_to_read(spec(tmp_path), there) is None
+    assert columns_to_read(spec(tmp_path, columns=["a"]), there) == ["text", "a", ROW_ID]
+    assert columns_to_read(spec(tmp_path, columns=["a"], preprocess="m:f"), there) is None
+
+
+# --- stage ------------------------------------------------------------------------------------------------------
+
+
+def ask(requests):
+    """Answer with the prompt in capitals; refuse what starts with "bad"."""
+    prompts = [json.loads(request)["prompt"] for request in requests]
+    return [
+        RowError("invalid_request", "refused") if prompt.startswith("bad") else Answer(prompt.upper(), "stop", 2, 3)
+        for prompt in prompts
+    ]
+
+
+def table(*texts, **columns):
+    ids = [f"id{i}" for i in range(len(texts))]
+    return pa.table({"text": pa.array(texts, pa.string()), **columns, ROW_ID: ids})
+
+
+def test_every_row_ends_in_one_of_two_tables(tmp_path):
+    """Answered rows keep their columns and types; failed ones come as they went, with the reason."""
+    answered, failed = BlockAnswerer(spec(tmp_path), "m", ask).answer(
+        table("a", "bad", None, " ", "b", n=pa.array([1, 2, 3, 4, 5], pa.int8()))
+    )
+
+    assert answered.select(["text", "n", "response", ROW_ID]).to_pylist() == [
+        {"text": "a", "n": 1, "response": "A", ROW_ID: "id0"},
+        {"text": "b", "n": 5, "response": "B", ROW_ID: "id4"},
+    ]
+    assert answered.schema.field("n").type == pa.int8()
+    assert {row[ROW_ID]: row["raylm_reason"] for row in failed.to_pylist()} == {
+        "id1": "invalid_request",
+        "id2": "null_value",
+        "id3": "empty_prompt",
+    }
+    assert failed.column_names == ["text", "n", ROW_ID, "raylm_reason", "raylm_message"]
+
+
+def test_steps_see_what_earlier_ones_produced(tmp_path):
+    """Tokens add up over the steps; a row that failed is not asked again."""
+    steps = [{"prompt": "${text}", "output_column": "one"}, {"prompt": "${text}+${one}", "output_column": "two"}]
+    answered, failed = BlockAnswerer(spec(tmp_path, prompt=None, steps=steps), "m", ask).answer(table("a", "bad"))
+
+    assert answered.select(["one", "two", "raylm_prompt_tokens", "raylm_completion_tokens"]).to_pylist() == [
+        {"one": "A", "two": "A+A", "raylm_prompt_tokens": 4, "raylm_completion_tokens": 6}
+    ]
+    assert failed[ROW_ID].to_pylist() == ["id1"]
+
+
+def shorten(row):
+    """Row function: adds a column, drops one, and cannot bear "c"."""
+    if row["text"] == "c":
+        raise LookupError("no c")
+    return {"text": row["text"], "short": row["text"][:1], "n": row["n"]}
+
+
+def shout(row):
+    """Row function: changes the answer."""
+    return {**row, "response": row["response"] + "!"}
+
+
+def test_row_functions(tmp_path):
+    """They may change anything but the row's identity; what one raises fails its row."""
+    task = spec(
+        tmp_path, prompt="${short}", columns=["text"], preprocess=f"{__name__}:shorten", postprocess=f"{__name__}:shout"
+    )
+    answered, failed = BlockAnswerer(task, "m", ask).answer(table("abc", "c", n=pa.array([1, 2], pa.int8())))
+
+    assert answered.select(["text", "short", "response", ROW_ID]).to_pylist() == [
+        {"text": "abc", "short": "a", "response": "A!", ROW_ID: "id0"}
+    ]
+    assert "n" not in answered.column_names
+    assert failed.select(["raylm_reason", "raylm_message"]).to_pylist() == [
+        {"raylm_reason": "row_function", "raylm_message": "LookupError: no c"}
+    ]
+
+
+def test_a_row_function_that_is_not_there_is_named(tmp_path):
+    """The error says that the cluster has to import it."""
+    with pytest.raises(BatchError, match=r"preprocess: cannot import no\.such:thing on the cluster"):
+        BlockAnswerer(spec(tmp_path, preprocess="no.such:thing"), "m", ask)
+
+
+def test_a_column_that_only_some_file_lacks_is_fatal(tmp_path):
+    """It is the author's mistake, not the row's."""
+    with pytest.raises(BatchError, match="a row has no column 'text'; it has other"):
+        BlockAnswerer(spec(tmp_path), "m", ask).answer(pa.table({"other": ["x"], ROW_ID: ["1"]}))
+
+
+class Handle:
+    """A deployment handle whose engine yields what it is told."""
+
+    def __init__(self, *batches):
+        self.run_block = self
+        self.batches = batches
+
+    def options(self, stream):
+        assert stream
+        return self
+
+    def remote(self, requests, timeout):
+        return iter([[json.dumps(outcome) for outcome in batch] for batch in self.batches])
+
+
+def answer(index):
+    return {"index": index, "text": str(index), "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}
+
+
+def test_answers_find_their_rows_in_any_order():
+    """The index decides, not the order of arrival."""
+    refused = {"index": 1, "reason": "timeout", "message": "late"}
+    got = through_handle(Handle([answer(2), refused], [answer(0)]), 1)(["a", "b", "c"])
+
+    assert [got[0].text, got[1].reason, got[2].text] == ["0", "timeout", "2"]
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"), [([[answer(0), answer(0)]], "row 0 of a block twice"), ([[answer(0)]], "1 of 2 rows")]
+)
+def test_a_lost_or_doubled_answer_is_noticed(batches, message):
+    """Never a row without its answer, never two."""
+    with pytest.raises(EngineError, match=message):
+        through_handle(Handle(*batches), 1)(["a", "b"])
+
+
+# --- sink -------------------------------------------------------------------------------------------------------
+
+
+def prepared(tmp_path, **fields):
+    source = tmp_path / "in.txt"
+    if not source.exists():
+        source.write_text("a\nb\nbad\n")
+    task = spec(tmp_path, source=str(source), **fields)
+    mark = task_fingerprint(task, list_files(task))
+    return task, Output(task, mark), mark
+
+
+def run(task, output, mark):
+    done = set(output.answers.row_ids().to_pylist())
+    tally = Tally(total=None)
+    for file in list_files(task):
+        for rows in read_rows(file, None, None, task.block_rows):
+            rows = rows.filter(pa.array([one not in done for one in rows[ROW_ID].to_pylist()]))
+            answered, failed = BlockAnswerer(task, "m", ask).answer(rows)
+            if answered.num_rows:
+                output.answers.write(answered)
+            if failed.num_rows:
+                output.quarantine.write(failed)
+            tally.add(count_block(answered, failed))
+    report = BatchReport(
+        rows_in=tally.rows + len(done),
+        rows_written=tally.written,
+        rows_quarantined=tally.quarantined,
+        rows_already_done=len(done),
+        failures=dict(tally.failures),
+        output=task.output,
+        quarantine=task.quarantine_uri,
+        application="a",
+        model="m",
+        fingerprint=mark,
+    )
+    output.finish(report, pa.schema([(ROW_ID, pa.string())]))
+    return report
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_a_finished_output_is_not_done_again(tmp_path, format):
+    """The second preparation returns the first one's report."""
+    task, output, mark = prepared(tmp_path, output_format=format, block_rows=2)
+    assert output.prepare() is None
+    report = run(task, output, mark)
+
+    assert (report.rows_written, report.rows_quarantined) == (2, 1)
+    assert output.prepare() == report
+    assert len(output.answers.parts()) == 1
+    assert output.quarantine.row_ids().to_pylist() == ["00000-000000002"]
+
+
+def test_an_unfinished_output_is_gone_on_with(tmp_path):
+    """What is there is not asked again; what failed is."""
+    task, output, mark = prepared(tmp_path, block_rows=1)
+    output.prepare()
+    output.answers.write(pa.table({"text": ["a"], "response": ["A"], ROW_ID: ["00000-000000000"]}))
+    output.quarantine.write(pa.table({"text": ["b"], ROW_ID: ["00000-000000001"]}))
+
+    assert output.prepare() is None
+    report = run(task, output, mark)
+    assert (report.rows_in, report.rows_already_done, report.rows_written, report.rows_quarantined) == (3, 1, 1, 1)
+
+
+def test_another_task_or_input_is_not_mixed_in(tmp_path):
+    """Unless the author says that it may be replaced."""
+    task, output, mark = prepared(tmp_path)
+    output.prepare()
+    run(task, output, mark)
+    _, changed, _ = prepared(tmp_path, prompt="Now ${text}")
+
+    with pytest.raises(BatchError, match="holds the output of another spec or input"):
+        changed.prepare()
+    _, replacing, _ = prepared(tmp_path, prompt="Now ${text}", overwrite=True)
+    assert replacing.prepare() is None
+    assert replacing.answers.parts() == replacing.quarantine.parts() == []
+
+    (tmp_path / "in.txt").write_text("a\nb\nc\n")
+    _, output, _ = prepared(tmp_path)
+    with pytest.raises(BatchError, match="another spec or input"):
+        output.prepare()
+
+
+def test_somebody_elses_files_are_left_alone(tmp_path):
+    """A folder with part files and no manifest of ours is not touched."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "part-0.parquet").write_bytes(b"precious")
+    _, output, _ = prepared(tmp_path)
+
+    with pytest.raises(BatchError, match="holds other files"):
+        output.prepare()
+    assert (tmp_path / "out" / "part-0.parquet").read_bytes() == b"precious"
+
+
+def test_rows_with_one_id_are_noticed(tmp_path):
+    """A doubled id would be a row lost or paid twice later on."""
+    _, output, mark = prepared(tmp_path)
+    output.prepare()
+    output.answers.write(pa.table({ROW_ID: ["x", "x"]}))
+    report = BatchReport(
+        rows_in=2, rows_written=2, rows_quarantined=0, output="o", quarantine="q", application="a", model="m",
+        fingerprint=mark,
+    )  # fmt: skip
+
+    with pytest.raises(BatchError, match="ids must be unique"):
+        output.finish(report, pa.schema([]))
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["report"] is None
+
+
+def test_an_empty_output_has_a_schema(tmp_path):
+    """So that the next task can read it."""
+    task, output, mark = prepared(tmp_path)
+    (tmp_path / "in.txt").write_text("")
+    task, output, mark = prepared(tmp_path)
+    output.prepare()
+    report = run(task, output, mark)
+
+    assert report.rows_in == 0
+    assert rows_of(spec(tmp_path, source=task.output)) == []
+
+
+# --- report -----------------------------------------------------------------------------------------------------
+
+
+def test_a_progress_line_has_rows_rates_and_time_left():
+    """The time left is only said when the total is known."""
+    tally = Tally(total=100)
+    tally.add({"written": 18, "prompt_tokens": 50, "completion_tokens": 40, "failures": ["timeout\t2"]})
+
+    assert tally.line(10) == "20 of 100 rows, 2 failed, 2.0 rows/s, 4 tokens/s, 40 s left"
+    tally.total = None
+    assert tally.line(10) == "20 rows, 2 failed, 2.0 rows/s, 4 tokens/s"

@@ -1,0 +1,76 @@
+"""Templates are text with holes; data is never evaluated."""
+
+import json
+
+import pytest
+
+from airflow_provider_raylm.cluster.rows import RowError, compile_step, compile_template, missing_columns, placeholders
+from airflow_provider_raylm.specs import Step
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("${a}", "A"),
+        ("x ${a} y ${b}${a}", "x A y ${a}A"),
+        ("$5 and $a and {a} and $ {a}", "$5 and $a and {a} and $ {a}"),
+        ("$${a} is a placeholder, ${a} a value", "${a} is a placeholder, A a value"),
+        ("${}", "${}"),
+        ("${n} ${list} ${yes}", '1.5 ["é", null] True'),
+        ("${odd name!}", "odd"),
+    ],
+)
+def test_render(template, expected):
+    """Only the braced form is a placeholder, and a value is never looked at for more."""
+    row = {"a": "A", "b": "${a}", "n": 1.5, "list": ["é", None], "yes": True, "odd name!": "odd"}
+
+    assert expected == compile_template(template)(row)
+
+
+def test_a_null_is_a_row_error():
+    """A prompt that says "None" would be paid for and useless."""
+    with pytest.raises(RowError, match="column 'a' is null") as error:
+        compile_template("${a}")({"a": None})
+
+    assert error.value.reason == "null_value"
+
+
+@pytest.mark.parametrize("step", [Step(prompt="${a}"), Step(messages=[{"role": "user", "content": "${a}"}])])
+def test_an_empty_prompt_is_a_row_error(step):
+    """White space is no question either."""
+    with pytest.raises(RowError) as error:
+        compile_step(step, "m")({"a": " \n"})
+
+    assert error.value.reason == "empty_prompt"
+
+
+def test_a_request_is_json_text():
+    """It holds the model, the row's question and what is the same for all rows."""
+    step = Step(prompt="Say ${a}", max_tokens=4, temperature=0, stop=["."], extra_body={"logprobs": 1})
+
+    assert json.loads(compile_step(step, "m")({"a": 'quote " and \ud800'})) == {
+        "model": "m",
+        "prompt": 'Say quote " and \ud800',
+        "max_tokens": 4,
+        "temperature": 0,
+        "stop": ["."],
+        "logprobs": 1,
+    }
+
+
+def test_a_chat_request_keeps_roles_and_order():
+    """Each message is its own template."""
+    step = Step(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "${a}?"}])
+
+    assert json.loads(compile_step(step, "m")({"a": "Why"}))["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Why?"},
+    ]
+
+
+def test_columns_of_earlier_steps_count_as_present():
+    """A step may use what the steps before it produced, not what later ones do."""
+    steps = [Step(prompt="${a} ${c}", output_column="b"), Step(prompt="${b} ${d}", output_column="c")]
+
+    assert missing_columns(steps, ["a"]) == ["c", "d"]
+    assert placeholders("${b} $${x} ${b}") == ["b", "b"]
