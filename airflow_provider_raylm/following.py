@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from airflow_provider_raylm.errors import ClusterError
 from airflow_provider_raylm.polling import TERMINAL, Ended, Expired, JobInfo, Lost, Unreachable, Watch, decide
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
-from airflow_provider_raylm.wire import SAID
+from airflow_provider_raylm.wire import SAID, outcome
 
 Say = Callable[[str], None]
 
@@ -64,10 +65,11 @@ class Follower:
         self._told_to_end.set()
         self.jobs.stop(self.submission_id)
 
-    def wait(self, watch: Watch) -> str:
-        """Wait until the job has ended and return its log, whether it succeeded or not.
+    def wait(self, watch: Watch) -> dict[str, Any]:
+        """Wait until the job has ended and return its result.
 
         Raises:
+            RayLMError: what the job reported.
             Stopped: somebody stopped the job.
             ClusterError: the job was lost, or *watch*'s deadline passed (the job is stopped then).
         """
@@ -101,9 +103,9 @@ class Follower:
             if line.startswith(SAID):
                 self.say(line.removeprefix(SAID))
 
-    def _result(self, job: JobInfo) -> str:
+    def _result(self, job: JobInfo) -> dict[str, Any]:
         if job.status == "STOPPED":
             raise Stopped(f"Ray job {self.submission_id} was stopped: {job.message}")
         # The log may trail the status.
         self._forward()
-        return self.jobs.logs(self.submission_id)
+        return outcome(self.jobs.logs(self.submission_id), job.message)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +26,9 @@ import httpx
 from airflow_provider_raylm.errors import ClusterError
 
 START_TIMEOUT_S = 90.0
-STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 5.0
 HOST = "127.0.0.1"
+_AGENT_HEALTH = "/api/local_raylet_healthz"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def ensure_local_cluster(port: int) -> str:
     """
     url = f"http://{HOST}:{port}"
     with _locked(default_folder()):
-        if not _answers(url):
+        if not _answers(f"{url}/api/version"):
             start(default_folder(), port)
     return url
 
@@ -112,7 +113,8 @@ def start(
     cluster = LocalCluster(process.pid, f"http://{HOST}:{port}", str(log))
     _note(folder).write_text(json.dumps(asdict(cluster)))
     end = time.monotonic() + START_TIMEOUT_S
-    while not _answers(cluster.dashboard_url):
+    # The dashboard answers before the agent does that starts its jobs.
+    while not (_answers(f"{cluster.dashboard_url}/api/version") and _answers(f"http://{HOST}:{agent}{_AGENT_HEALTH}")):
         if process.poll() is not None or time.monotonic() >= end:
             stop(folder)
             words = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
@@ -126,17 +128,20 @@ def stop(folder: Path) -> None:
     note = _note(folder)
     if not note.exists():
         return
-    pid = int(json.loads(note.read_text())["pid"])
+    leader = int(json.loads(note.read_text())["pid"])
+    _signal(leader, signal.SIGTERM)
     end = time.monotonic() + STOP_TIMEOUT_S
-    with_session = _session(pid)
-    if with_session:
-        os.kill(pid, signal.SIGTERM)
-    while _session(pid):
+    while _session(leader):
         if time.monotonic() >= end:
-            for straggler in _session(pid):
-                os.kill(straggler, signal.SIGKILL)
+            _signal(leader, signal.SIGKILL)
         time.sleep(0.2)
     note.unlink()
+
+
+def _signal(leader: int, number: int) -> None:
+    for pid in _session(leader):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _session(leader: int) -> list[int]:
@@ -149,7 +154,7 @@ def _session(leader: int) -> list[int]:
             continue
         if int(session) == leader and state != "Z":
             members.append(int(stat.parent.name))
-    return sorted(members, key=lambda pid: pid != leader)
+    return members
 
 
 def _note(folder: Path) -> Path:
@@ -159,7 +164,7 @@ def _note(folder: Path) -> Path:
 def _answers(url: str) -> bool:
     try:
         # A head that asks for a token is up, too.
-        return httpx.get(f"{url}/api/version", timeout=5, trust_env=False).status_code < 500
+        return httpx.get(url, timeout=5, trust_env=False).status_code < 500
     except httpx.TransportError:
         return False
 

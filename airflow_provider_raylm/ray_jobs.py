@@ -157,12 +157,13 @@ class RayJobsClient:
             "runtime_env": runtime_env,
             "metadata": dict(request.metadata),
         }
-        response = self._call("POST", "/api/jobs/", json=body, accept=(400,))
-        if response.status_code == httpx.codes.BAD_REQUEST:
-            if "already exists" in response.text:
-                return False
-            raise ClusterError(f"{self._url} refused the job: {_last_line(response.text)}")
-        return True
+        # A taken id is answered with 400 or 500, by which of Ray's processes notices it.
+        response = self._call("POST", "/api/jobs/", json=body, accept=(400, 500))
+        if response.is_success:
+            return True
+        if "already exists" in response.text:
+            return False
+        raise self._refusal(response)
 
     def get(self, submission_id: str) -> JobInfo | None:
         """Return the job, or None when the cluster knows none by that id."""
@@ -220,18 +221,18 @@ class RayJobsClient:
             ) from error
         if response.is_success or response.status_code in accept:
             return response
-        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            raise ClusterError(
-                f"{self._url} answers {response.status_code}: the token is missing or wrong. Put the cluster's token "
+        raise self._refusal(response)
+
+    def _refusal(self, response: httpx.Response) -> ClusterError:
+        code = response.status_code
+        if code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            return ClusterError(
+                f"{self._url} answers {code}: the token is missing or wrong. Put the cluster's token "
                 "(`ray get-auth-token` on the head node) into the connection's password."
             )
-        if response.status_code in (500, 502, 503, 504):
-            raise Unreachable(
-                f"{self._url} answers {response.status_code} to {method} {path}: {_last_line(response.text)}"
-            )
-        raise ClusterError(
-            f"{self._url} answers {response.status_code} to {method} {path}: {_last_line(response.text)}"
-        )
+        request = f"{response.request.method} {response.request.url.path}"
+        kind = Unreachable if code >= 500 else ClusterError
+        return kind(f"{self._url} answers {code} to {request}: {_last_line(response.text)}")
 
 
 def _ssl_context(verify: bool | str) -> ssl.SSLContext | bool:
@@ -253,7 +254,7 @@ def _is_certificate_error(error: BaseException | None) -> bool:
 
 def _last_line(text: str) -> str:
     """Return the last line of a body, which is where a server's traceback names the error."""
-    lines = text.strip().splitlines()
+    lines = [line for line in text.splitlines() if line.strip(" .")]
     return lines[-1][:500] if lines else "(no text)"
 
 

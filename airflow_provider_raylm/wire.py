@@ -20,8 +20,12 @@ SAID = "raylm: "
 """Begins every line that a job prints for the task's log; any other line is noise of the libraries below."""
 
 
-def outcome(log: str) -> dict[str, Any]:
+def outcome(log: str, message: str = "") -> dict[str, Any]:
     """Return the result that a job's log ends with.
+
+    Args:
+        log: all that the job printed.
+        message: Ray's own sentence about the job's end, for a job that could not even start.
 
     Raises:
         RayLMError: the error that the job reported, of the class it had there.
@@ -39,5 +43,5 @@ def outcome(log: str) -> dict[str, Any]:
             f"it there (pip install --no-deps airflow-provider-raylm=={__version__}), or let the connection ship it "
             '(extra {"ship_package": true}).'
         )
-    tail = "\n".join(log.splitlines()[-15:]) or "(the log is empty)"
-    raise ClusterError(f"The job ended without a result. Its last lines:\n{tail}")
+    words = "\n".join(log.splitlines()[-15:]) or message or "(nothing)"
+    raise ClusterError(f"The job ended without a result. Its last words:\n{words}")

@@ -35,3 +35,12 @@ def airflow_db():
     from airflow.utils.db import initdb
 
     initdb()
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A Ray cluster that asks for a token; all tests share it."""
+    from tests.clusters import ray_cluster
+
+    with ray_cluster() as cluster:
+        yield cluster

@@ -1,6 +1,6 @@
 """One inference task: source → blocks of rows → engine → files, as a Ray Data pipeline.
 
-Two operators: tasks that read and cut blocks, and one actor that asks and writes. The driver only counts.
+Two operators: tasks that read blocks, and one actor that asks and writes. The driver only counts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from airflow_provider_raylm.cluster.report import Tally, count_block
 from airflow_provider_raylm.cluster.sinks import Output, task_fingerprint
 from airflow_provider_raylm.cluster.source import (
     ROW_ID,
+    SMALLEST_BLOCK,
     RowSource,
     SourceFile,
     check_columns,
@@ -30,6 +31,7 @@ from airflow_provider_raylm.cluster.source import (
     count_rows,
     list_files,
     schema_of,
+    unpack,
 )
 from airflow_provider_raylm.cluster.stage import BlockAnswerer, through_handle
 from airflow_provider_raylm.errors import BatchError
@@ -39,7 +41,8 @@ HEARTBEAT_PERIOD_S = 10.0
 SAY_PERIOD_S = 30.0
 
 # Reading is short work and asking is waiting: fractions let both run beside an engine that holds most CPUs.
-READ_CPUS = 0.5
+READ_CPUS = 0.1
+READ_TASKS = 2
 ASK_CPUS = 0.1
 CPU_WAIT_S = 120.0
 
@@ -110,14 +113,16 @@ def _blocks(
     spec: BatchSpec, ref: EngineRef, files: list[SourceFile], columns: list[str], done: pa.Array
 ) -> Iterator[dict[str, Any]]:
     """Yield the counts of each block as it is written."""
-    _quiet()
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = SMALLEST_BLOCK
     in_flight = math.ceil(spec.in_flight_rows / spec.block_rows)
-    source = RowSource(files, spec, columns_to_read(spec, columns), done)
-    rows = ray.data.read_datasource(source, num_cpus=READ_CPUS)
-    # Ray Data glues what a read yields into blocks of 128 MB: small ones are needed, to have several on their way and
-    # each written soon.
-    blocks = rows.map_batches(_same, batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS).repartition(
-        target_num_rows_per_block=spec.block_rows
+    blocks = ray.data.read_datasource(
+        RowSource(files, spec, columns_to_read(spec, columns), done),
+        num_cpus=READ_CPUS,
+        concurrency=READ_TASKS,
+        override_num_blocks=len(files),
     )
     counts = blocks.map_batches(
         AnswerAndWrite,
@@ -135,10 +140,6 @@ def _blocks(
     yield from counts.iter_rows()
 
 
-def _same(table: pa.Table) -> pa.Table:
-    return table
-
-
 class AnswerAndWrite:
     """The stage's actor: a block is written in the thread that got its answers, so an answer is safe at once."""
 
@@ -150,15 +151,16 @@ class AnswerAndWrite:
         self._output = Output(task, mark)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Answer and write one block; return its counts as a table of one row."""
-        if not table.num_rows:
-            return pa.table({})
-        answered, failed = self._answerer.answer(table)
+        """Answer and write packed blocks; return their counts, a row for each."""
+        return pa.Table.from_pylist([self._block(block) for block in unpack(table)], schema=_COUNTS)
+
+    def _block(self, block: pa.Table) -> dict[str, Any]:
+        answered, failed = self._answerer.answer(block)
         if answered.num_rows:
             self._output.answers.write(answered)
         if failed.num_rows:
             self._output.quarantine.write(failed)
-        return pa.Table.from_pylist([count_block(answered, failed)], schema=_COUNTS)
+        return count_block(answered, failed)
 
 
 _COUNTS = pa.schema(
@@ -208,10 +210,11 @@ def _require_cpus() -> None:
         BatchError: they are not free after two minutes.
     """
     end = time.monotonic() + CPU_WAIT_S
-    while (free := ray.available_resources().get("CPU", 0.0)) < READ_CPUS + ASK_CPUS:
+    needed = READ_CPUS * READ_TASKS + ASK_CPUS
+    while (free := ray.available_resources().get("CPU", 0.0)) < needed:
         if time.monotonic() >= end:
             raise BatchError(
-                f"the pipeline needs {READ_CPUS + ASK_CPUS:g} CPUs beside the engine; {free:g} of "
+                f"the pipeline needs {needed:g} CPUs beside the engine; {free:g} of "
                 f"{ray.cluster_resources().get('CPU', 0.0):g} are free. Give the engine fewer CPUs, or add a node."
             )
         time.sleep(1)
@@ -238,10 +241,3 @@ def _heartbeat(application: str, tally: Tally, started: float, say: Say) -> Iter
     finally:
         over.set()
         thread.join(timeout=engine.LEASE_CALL_TIMEOUT_S)
-
-
-def _quiet() -> None:
-    """Keep Ray Data's progress bars out of the log."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False

@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.ipc
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from ray.data import Datasource
@@ -141,8 +142,30 @@ def columns_to_read(spec: BatchSpec, available: list[str]) -> list[str] | None:
     return [name for name in available if name in needed]
 
 
+_PACKED = "rows"
+SMALLEST_BLOCK = 1
+
+
+def pack(table: pa.Table) -> pa.Table:
+    """Return a table of one row that holds *table* as Arrow IPC bytes."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return pa.table({_PACKED: pa.array([sink.getvalue().to_pybytes()], pa.large_binary())})
+
+
+def unpack(packed: pa.Table) -> Iterator[pa.Table]:
+    """Yield the tables that ``pack`` packed."""
+    for value in packed[_PACKED]:
+        yield pa.ipc.open_stream(value.as_buffer()).read_all()
+
+
 class RowSource(Datasource):
-    """The rows of the files as a Ray Data source: one read task per file, tables with ``raylm_row_id``.
+    """The rows of the files as a Ray Data source: one read task per file, one Ray Data row per block of rows.
+
+    Ray Data glues what a read yields into blocks of 128 MB, cuts those anew, and gives them one schema. Here a block
+    is the unit of asking and writing, so it travels as a value that Ray leaves alone: Arrow IPC bytes. With
+    ``SMALLEST_BLOCK`` as the context's ``target_max_block_size`` each is handed on as soon as it is read.
 
     Args:
         files: what to read.
@@ -186,7 +209,8 @@ class _Read:
         for table in read_rows(self.file, self.columns, self.id_column, self.block_rows):
             if len(self.done):
                 table = table.filter(pc.invert(pc.is_in(table[ROW_ID], value_set=self.done)))
-            yield table
+            if table.num_rows:
+                yield pack(table)
 
 
 def read_rows(

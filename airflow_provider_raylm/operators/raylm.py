@@ -33,7 +33,6 @@ from airflow_provider_raylm.specs import (
     build,
     check_unrendered,
 )
-from airflow_provider_raylm.wire import outcome
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -87,7 +86,7 @@ class RayLMOperator(BaseOperator):
             job = submit_or_attach(jobs, request, self.log.info)
             self._follower = Follower(jobs, job, self.log.info, self.poll_interval)
             deadline = time.time() + timeout if timeout is not None else None
-            return outcome(self._follower.wait(Watch(deadline=deadline))), jobs.dashboard_url
+            return self._follower.wait(Watch(deadline=deadline)), jobs.dashboard_url
 
     def on_kill(self) -> None:
         """Stop the remote job; Airflow calls this when the task is marked, cleared or timed out."""

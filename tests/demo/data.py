@@ -148,13 +148,9 @@ ASIDES = (
     "My {person} wanted a {other_product} instead.",
     "I also looked at a {other_product} for {number} euros.",
     "I cannot say anything about the {other_aspect} yet.",
-    "My {person} asked me about the {other_aspect}.",
 )
 # The same with an opinion, which is not one of the product under review.
-OTHER_OPINIONS = (
-    "My old {other_product} was {any_adjective}.",
-    "The weather was {any_adjective} that day.",
-)
+OTHER_OPINION = "My old {other_product} was {any_adjective}."
 TIMES = ("last week", "last month", "in spring", "in autumn", "on Monday", "on Friday", "{number} days ago")
 PEOPLE = ("brother", "sister", "father", "mother", "neighbour", "colleague", "friend", "aunt", "uncle")
 ADVERBS = ("really", "simply", "quite", "just", "truly", "absolutely")
@@ -276,8 +272,8 @@ def _review(rng: random.Random) -> Review:
     aspect, other_aspect = rng.sample(ASPECTS, 2)
 
     distractors = rng.sample(ASIDES, rng.randint(0, 2))
-    if rng.random() < 0.1:
-        distractors.append(rng.choice(OTHER_OPINIONS))
+    if rng.random() < 0.08:
+        distractors.append(OTHER_OPINION)
     sentences = [rng.choice(OPENINGS), rng.choice(NEGATED_VERDICTS if rng.random() < 0.1 else VERDICTS)]
     for distractor in distractors:
         sentences.insert(rng.randint(1, len(sentences)), distractor)
@@ -294,7 +290,7 @@ def _review(rng: random.Random) -> Review:
         phrase=rng.choice(PHRASES[label]),
         adverb=rng.choice(ADVERBS),
         person=rng.choice(PEOPLE),
-        number=rng.randint(2, 999),
+        number=rng.randint(2, 99),
     )
     return Review(text, label, product, aspect)
 

@@ -1,0 +1,74 @@
+"""Real Ray clusters for tests, and the way to run a job on one."""
+
+import os
+import secrets
+import tempfile
+import time
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from airflow_provider_raylm import local
+from airflow_provider_raylm.following import Follower
+from airflow_provider_raylm.polling import Watch
+from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient
+
+# Outside Ray's worker ports (10002 to 19999) and the kernel's own choices for clients (from 32768 on).
+_PORTS = iter(range(28265, 28300))
+
+
+@dataclass
+class Cluster:
+    """A Ray head on loopback.
+
+    Attributes:
+        folder: Ray's session and a place for files.
+        url: the dashboard.
+        token: asked for by the dashboard, or None when authentication is off.
+    """
+
+    folder: Path
+    url: str
+    token: str | None
+
+    def client(self, **kwargs):
+        """Return a client of the dashboard."""
+        return RayJobsClient(self.url, **{"token": self.token, **kwargs})
+
+    def connection_uri(self):
+        """Return the raylm connection as Airflow reads it from the environment."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return f"raylm://:{self.token or ''}@{host}:{port}"
+
+    def start(self, verb, payload, **kwargs):
+        """Submit a job and return its id."""
+        job = f"test-{verb}-{time.time_ns()}"
+        with closing(self.client(**kwargs)) as jobs:
+            assert jobs.submit(JobRequest(job, verb, payload))
+        return job
+
+    def finish(self, job, timeout=600.0, **kwargs):
+        """Wait for a job and return (result, the lines it said); its error is raised."""
+        said = []
+        with closing(self.client(**kwargs)) as jobs:
+            return Follower(jobs, job, said.append, 0.5).wait(Watch(deadline=time.time() + timeout)), said
+
+    def run(self, verb, payload, **kwargs):
+        """Run a job to its end and return its result; its error is raised."""
+        return self.finish(self.start(verb, payload, **kwargs), **kwargs)[0]
+
+
+@contextmanager
+def ray_cluster(*, token=True, cpus=None):
+    """Start a Ray head and stop it, with all its processes, in the end."""
+    folder = Path(tempfile.mkdtemp(prefix="raylm-"))
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    secret = secrets.token_hex(16) if token else None
+    environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret} if secret else {"RAY_AUTH_MODE": "disabled"})
+    # Two engines on one host need cores that they do not fight over.
+    environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="2")
+    started = local.start(folder / "ray", next(_PORTS), cpus=cpus, environ=environ)
+    try:
+        yield Cluster(folder, started.dashboard_url, secret)
+    finally:
+        local.stop(folder / "ray")

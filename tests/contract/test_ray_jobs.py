@@ -1,0 +1,142 @@
+"""What every RayJobs promises: the fake that ships with the package, and real Ray with and without a token."""
+
+import json
+from contextlib import closing
+
+import pytest
+
+from airflow_provider_raylm.errors import EngineError, SpecError
+from airflow_provider_raylm.following import Follower, Stopped, submit_or_attach
+from airflow_provider_raylm.polling import SUCCEEDED, TERMINAL, JobInfo, Watch
+from airflow_provider_raylm.ray_jobs import JobRequest
+from airflow_provider_raylm.testing import FakeRayJobs
+from airflow_provider_raylm.wire import RESULT_SENTINEL, outcome
+from tests.clusters import ray_cluster
+
+SWEEP = {"delete": [], "max_age": None, "installation": "nobody"}
+LABELS = {"installation": "i", "dag_id": "d", "run_id": "r", "engine": "e"}
+REF = {
+    "application": "raylm-e-0123456789",
+    "deployment": "engine",
+    "model": "m",
+    "fingerprint": "f",
+    "labels": LABELS,
+    "lease": {},
+}
+BATCH = {"source": "s.txt", "prompt": "${text}", "output": "o"}
+
+
+@pytest.fixture(scope="module", params=["fake", "token", "no token"])
+def jobs(request):
+    if request.param == "fake":
+        yield FakeRayJobs()
+        return
+    if request.param == "token":
+        cluster = request.getfixturevalue("cluster")
+        with closing(cluster.client()) as client:
+            yield client
+        return
+    with ray_cluster(token=False) as cluster, closing(cluster.client()) as client:
+        yield client
+
+
+def finish(jobs, request):
+    """Run a job to its end and return its result."""
+    assert jobs.submit(request)
+    return Follower(jobs, request.submission_id, lambda line: None, 0.5).wait(Watch())
+
+
+def test_it_tells_its_version(jobs):
+    """Which shows that it answers and accepts the token."""
+    assert jobs.ray_version()
+    assert jobs.dashboard_url.startswith("http")
+
+
+def test_an_unknown_job(jobs):
+    """It is absent, has no log, and is not an error to stop."""
+    assert jobs.get("raylm-no-such-job") is None
+    assert jobs.logs("raylm-no-such-job") == ""
+    jobs.stop("raylm-no-such-job")
+
+
+def test_a_job_ends_with_its_result(jobs):
+    """Its log can be read from any place on, and its id is taken from then on."""
+    request = JobRequest("raylm-contract-sweep", "sweep", SWEEP)
+    result = finish(jobs, request)
+    log = jobs.logs(request.submission_id)
+
+    assert result == outcome(log) == {"engines": [], "deleted": []}
+    assert jobs.get(request.submission_id).status == SUCCEEDED
+    assert jobs.logs(request.submission_id, log.index(RESULT_SENTINEL)).startswith(RESULT_SENTINEL)
+    assert jobs.logs(request.submission_id, len(log)) == ""
+    assert jobs.submit(request) is False
+    jobs.stop(request.submission_id)
+    assert jobs.get(request.submission_id).status == SUCCEEDED
+
+
+def test_an_error_arrives_as_what_it_was(jobs):
+    """The class and the sentence that the cluster raised."""
+    with pytest.raises(EngineError, match=r"raylm-e-0123456789 is gone.*Clear the deploy task"):
+        finish(jobs, JobRequest("raylm-contract-gone", "infer", {"engine": REF, "batch": BATCH}))
+    bad = {"engine": {"name": "e"}, "labels": LABELS, "replace": False}
+    with pytest.raises(SpecError, match=r"EngineSpec\.model"):
+        finish(jobs, JobRequest("raylm-contract-spec", "deploy", bad))
+
+
+def test_tearing_down_what_is_not_there(jobs):
+    """It is success."""
+    request = JobRequest("raylm-contract-teardown", "teardown", {"application": "raylm-e-0123456789"})
+
+    assert finish(jobs, request)["existed"] is False
+
+
+def test_a_second_try_attaches_or_starts_anew(jobs):
+    """A job that has ended is never attached to: the next attempt gets the next number."""
+    said = []
+
+    def request(attempt):
+        return JobRequest(f"raylm-contract-again-{attempt}", "sweep", SWEEP)
+
+    first = submit_or_attach(jobs, request, said.append)
+    attached = submit_or_attach(jobs, request, said.append)
+    ended = jobs.get(first).status in TERMINAL
+    Follower(jobs, first, said.append, 0.5).wait(Watch())
+    second = submit_or_attach(jobs, request, said.append)
+    Follower(jobs, second, said.append, 0.5).wait(Watch())
+
+    assert first == "raylm-contract-again-1"
+    assert attached == ("raylm-contract-again-2" if ended else first)
+    assert second != first
+
+
+def test_names_with_any_characters(jobs):
+    """What a run id holds cannot reach another path of the API."""
+    odd = "raylm/../x?y#z%2e é"
+
+    assert jobs.get(odd) is None
+    jobs.stop(odd)
+
+
+def test_a_stopped_job_raises_at_its_follower(cluster):
+    """On real Ray, where a job can be caught in the act: the log is forwarded, and the end is no result."""
+    with closing(cluster.client()) as jobs:
+        spec = {"name": "e", "model": "m", "gpus": 99, "scale_up_timeout": 600}
+        request = JobRequest("raylm-contract-stop", "deploy", {"engine": spec, "labels": LABELS, "replace": False})
+        assert jobs.submit(request)
+        follower = Follower(jobs, request.submission_id, lambda line: follower.end(), 0.5)
+
+        with pytest.raises(Stopped):
+            follower.wait(Watch())
+        with pytest.raises(Stopped, match="was stopped"):
+            Follower(jobs, request.submission_id, lambda line: None, 0.5).wait(Watch())
+    # The deploy that was stopped half-way removed what it had created.
+    assert cluster.run("sweep", {**SWEEP, "installation": "i"})["engines"] == []
+
+
+def test_the_fake_keeps_a_job_as_ray_does():
+    """Statuses are Ray's words."""
+    fake = FakeRayJobs()
+    finish(fake, JobRequest("a", "sweep", SWEEP))
+
+    assert fake.get("a") == JobInfo(SUCCEEDED)
+    assert json.loads(fake.submitted[0].wire())["payload"] == SWEEP
