@@ -79,3 +79,8 @@ def shared_engine(
     teardown = TeardownEngineOperator(task_id=f"teardown_{name}", engine=name, raylm_conn_id=raylm_conn_id)
     with teardown.as_teardown(setups=deploy):
         yield SharedEngine(name=name, deploy=deploy, raylm_conn_id=raylm_conn_id)
+    # Airflow's own context leaves mapped tasks out: without this the engine would go before they are done.
+    users = [task for task in deploy.get_flat_relatives(upstream=False) if task is not teardown]
+    for task in users:
+        if not any(follower in users for follower in task.downstream_list):
+            task.set_downstream(teardown)

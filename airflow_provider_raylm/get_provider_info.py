@@ -25,6 +25,23 @@ def get_provider_info() -> dict[str, Any]:
         ],
         "operators": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_raylm.operators.raylm"]}],
         "hooks": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_raylm.hooks.raylm"]}],
+        "config": {
+            "raylm": {
+                "description": "Settings of the Ray LM provider.",
+                "options": {
+                    "installation": {
+                        "description": (
+                            "Name of this Airflow installation, unique among those that share a Ray cluster: engines "
+                            "of another are never touched. Default: the API server's base_url."
+                        ),
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "team-a-production",
+                        "default": None,
+                    }
+                },
+            }
+        },
         "connection-types": [
             {
                 "connection-type": "raylm",

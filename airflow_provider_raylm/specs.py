@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -250,7 +251,7 @@ def _output_of_report(source: object) -> object:
         return source.output
     if isinstance(source, dict) and "output" in source:
         return source["output"]
-    if isinstance(source, list | tuple):
+    if isinstance(source, Sequence) and not isinstance(source, str):
         return [_output_of_report(one) for one in source]
     return source
 

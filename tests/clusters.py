@@ -65,8 +65,8 @@ def ray_cluster(*, token=True, cpus=None):
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     secret = secrets.token_hex(16) if token else None
     environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret} if secret else {"RAY_AUTH_MODE": "disabled"})
-    # Two engines on one host need cores that they do not fight over.
-    environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="2")
+    # Threads that spin while they wait starve the other processes of a small machine.
+    environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     started = local.start(folder / "ray", next(_PORTS), cpus=cpus, environ=environ)
     try:
         yield Cluster(folder, started.dashboard_url, secret)

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
 from ray.util import placement_group_table
@@ -168,6 +168,7 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say) -> EngineR
         serve.delete(name, _blocking=False)
         _wait_until_absent(name, DELETE_TIMEOUT_S)
         raise
+    renew(name)
     seconds = time.monotonic() - started
     say(f"engine {name} is {'adopted' if adopted else 'up'} after {seconds:.0f} s")
     return EngineRef(
@@ -229,10 +230,13 @@ def explained(application: str) -> Iterator[None]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield *error* and what it was raised from, the outermost first."""
+    """Yield *error* and what it was raised from, outermost first, without Ray's wrapping of remote errors."""
     while error is not None:
+        if isinstance(error, RayTaskError):
+            error = error.cause
+            continue
         yield error
-        error = getattr(error, "cause", None) or error.__cause__
+        error = error.__cause__
 
 
 def renew(application: str) -> None:
@@ -370,7 +374,11 @@ def _create(name: str, spec: EngineSpec, labels: Labels, mark: str) -> None:
     keeper = serve.deployment(LeaseKeeper, name=f"{LEASE_DEPLOYMENT}-{mark}").options(
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000
     )
-    application = keeper.bind(name, labels.model_dump(), spec.lease.model_dump(), time.time(), engine)
+    now = time.time()
+    # Loading is not idling: the idle time begins when the engine is up, or has to be.
+    application = keeper.bind(
+        name, labels.model_dump(), spec.lease.model_dump(), now, now + spec.deploy_timeout, engine
+    )
     target = serve.RunTarget(target=application, name=name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 

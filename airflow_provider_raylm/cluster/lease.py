@@ -34,17 +34,24 @@ class LeaseKeeper:
         labels: the owner, as JSON values.
         bounds: the lease, as JSON values.
         deployed_at: Unix seconds; an argument, so that a restarted replica does not begin a new life.
+        idle_from: Unix seconds from which idleness counts, until somebody renews.
         engine: the engine's handle; binding it makes the engine part of this application.
     """
 
     def __init__(
-        self, application: str, labels: dict[str, str], bounds: dict[str, float], deployed_at: float, engine: Any
+        self,
+        application: str,
+        labels: dict[str, str],
+        bounds: dict[str, float],
+        deployed_at: float,
+        idle_from: float,
+        engine: Any,
     ) -> None:
         self._application = application
         self._labels = Labels.model_validate(labels)
         self._bounds = Lease.model_validate(bounds)
         self._deployed_at = deployed_at
-        self._renewed_at = time.time()
+        self._renewed_at = idle_from
         self._usage = EngineUsage()
         threading.Thread(target=self._delete_when_over, name="raylm-lease", daemon=True).start()
 

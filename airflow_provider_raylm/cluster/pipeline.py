@@ -27,6 +27,7 @@ from airflow_provider_raylm.cluster.source import (
     RowSource,
     SourceFile,
     check_columns,
+    check_ids,
     columns_to_read,
     count_rows,
     list_files,
@@ -60,7 +61,8 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
     engine.require_running(ref.application)
     files = list_files(spec)
     columns = _columns(spec, files)
-    output = Output(spec, task_fingerprint(spec, files))
+    check_ids(files, spec, columns)
+    output = Output(spec, task_fingerprint(spec, ref.fingerprint, files))
     finished = output.prepare()
     if finished is not None:
         say(f"{spec.output} is complete already ({finished.fingerprint}): nothing to do")
@@ -90,7 +92,7 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
         quarantine=spec.quarantine_uri,
         application=ref.application,
         model=ref.model,
-        fingerprint=task_fingerprint(spec, files),
+        fingerprint=task_fingerprint(spec, ref.fingerprint, files),
     )
     _require_budget(spec, report)
     output.finish(report, _empty_schema(spec, columns))
@@ -117,6 +119,7 @@ def _blocks(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = SMALLEST_BLOCK
+    context.raise_original_map_exception = True
     in_flight = math.ceil(spec.in_flight_rows / spec.block_rows)
     blocks = ray.data.read_datasource(
         RowSource(files, spec, columns_to_read(spec, columns), done),
@@ -124,9 +127,10 @@ def _blocks(
         concurrency=READ_TASKS,
         override_num_blocks=len(files),
     )
+    mark = task_fingerprint(spec, ref.fingerprint, files)
     counts = blocks.map_batches(
         AnswerAndWrite,
-        fn_constructor_args=(spec.model_dump(mode="json"), ref.model_dump(mode="json"), task_fingerprint(spec, files)),
+        fn_constructor_args=(spec.model_dump(mode="json"), ref.model_dump(mode="json"), mark),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(

@@ -26,9 +26,9 @@ MANIFEST = "_manifest.json"
 PART = "part-"
 
 
-def task_fingerprint(spec: BatchSpec, files: list[SourceFile]) -> str:
-    """Return 12 hex digits of what is asked and of the exact input it is asked about."""
-    content = [fingerprint(spec), sorted((file.uri, file.version) for file in files)]
+def task_fingerprint(spec: BatchSpec, engine: str, files: list[SourceFile]) -> str:
+    """Return 12 hex digits of what is asked, of which engine (its fingerprint), and about which exact input."""
+    content = [fingerprint(spec), engine, sorted((file.uri, file.version) for file in files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
@@ -124,13 +124,14 @@ class Output:
         """
         manifest = self.answers.read_manifest()
         same = manifest is not None and manifest["fingerprint"] == self._mark
+        found = self.answers.parts() or self.quarantine.parts()
         if manifest is not None and same and manifest["report"] is not None:
             return BatchReport.model_validate(manifest["report"])
-        if not same and not self._spec.overwrite and (manifest is not None or self.answers.parts()):
-            holds = f"the output of another spec or input ({manifest['fingerprint']})" if manifest else "other files"
+        if not same and not self._spec.overwrite and (manifest is not None or found):
+            holds = f"the output of another spec, engine or input ({manifest['fingerprint']})" if manifest else found[0]
             raise BatchError(
-                f"{self._spec.output} holds {holds}, this task is {self._mark}. Choose another output, delete it, or "
-                "set overwrite=True."
+                f"{self._spec.output} (or its quarantine) holds {holds}, this task is {self._mark}. Choose another "
+                "output, delete it, or set overwrite=True."
             )
         if not same:
             self.answers.clear()

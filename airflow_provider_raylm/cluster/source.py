@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
+from fsspec.core import has_magic, url_to_fs
 from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
@@ -78,13 +78,14 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 
 def _matches(fs: Any, path: str, spec: BatchSpec) -> list[str]:
-    if fsspec.core.has_magic(path):
-        return [match for match in fs.glob(path) if fs.isfile(match) and not _hidden(match.rpartition("/")[2])]
     if fs.isfile(path):
         return [path]
-    if not fs.isdir(path):
-        return []
-    below = [(match, match.removeprefix(path).strip("/")) for match in fs.find(path)]
+    if has_magic(path):
+        found = [match for match in fs.glob(path) if fs.isfile(match)]
+        path = "/".join(itertools.takewhile(lambda part: not has_magic(part), path.split("/")))
+    else:
+        found = fs.find(path) if fs.isdir(path) else []
+    below = [(match, match.removeprefix(path).strip("/")) for match in found]
     return [match for match, name in below if not any(map(_hidden, name.split("/")))]
 
 
@@ -93,12 +94,17 @@ def _hidden(name: str) -> bool:
 
 
 def schema_of(file: SourceFile) -> list[str]:
-    """Return the file's column names; for a file without rows, those that its format can tell."""
+    """Return the file's column names, of this provider's own only the row id.
+
+    For a file without rows they are those that its format can tell.
+    """
     if file.format == "parquet":
         with _Reading(file), fsspec.open(file.uri, "rb") as stream:
-            return list(pq.read_schema(stream).names)
-    first = next(_tables(file, None, 1), None)
-    return list(first.column_names) if first is not None else []
+            names = list(pq.read_schema(stream).names)
+    else:
+        first = next(_tables(file, None, 1), None)
+        names = list(first.column_names) if first is not None else []
+    return [name for name in names if name == ROW_ID or not name.startswith(RESERVED_PREFIX)]
 
 
 def count_rows(files: Iterable[SourceFile]) -> int | None:
@@ -118,18 +124,44 @@ def check_columns(spec: BatchSpec, available: list[str]) -> None:
     Raises:
         BatchError: a column is missing, or an output column would overwrite one of the source.
     """
-    named = set(spec.columns or ()) | ({spec.id_column} if spec.id_column else set())
-    missing = sorted(named - set(available))
+    own = [name for name in available if name != ROW_ID]
+    named = {*(spec.columns or ()), *([spec.id_column] if spec.id_column else [])}
+    missing = sorted(named - {*own, ROW_ID})
     if spec.preprocess is None:
-        missing += missing_columns(spec.all_steps, available)
+        missing += missing_columns(spec.all_steps, own)
     if missing:
-        raise BatchError(f"the source has no column {', '.join(map(repr, missing))}; it has {', '.join(available)}")
+        raise BatchError(f"the source has no column {', '.join(map(repr, missing))}; it has {', '.join(own)}")
     kept = set(spec.columns if spec.columns is not None else available)
     taken = [step.output_column for step in spec.all_steps if step.output_column in kept]
     if taken:
         raise BatchError(
             f"output_column {taken[0]!r} is a column of the source, which is never overwritten. Choose another "
             "output_column, or leave that column out with columns=."
+        )
+
+
+def check_ids(files: list[SourceFile], spec: BatchSpec, available: list[str]) -> None:
+    """Check that ids which come from a column are unique, before any row is asked and paid for.
+
+    Raises:
+        BatchError: two rows share an id; the text names one.
+    """
+    column = spec.id_column or (ROW_ID if ROW_ID in available else None)
+    if column is None:
+        return
+    chunks = [
+        chunk
+        for file in files
+        for table in read_rows(file, [column], spec.id_column, spec.block_rows)
+        for chunk in table[ROW_ID].chunks
+    ]
+    counts = pc.value_counts(pa.chunked_array(chunks, pa.string()))
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        raise BatchError(
+            f"{len(twice)} ids of the column {column!r} stand on several rows, {twice[0]['values'].as_py()!r} for one. "
+            "Ids must be unique: read each row once, or name another id_column. (Outputs of two tasks over one source "
+            "carry the same ids.)"
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+from ray.exceptions import RayTaskError
 
 from airflow_provider_raylm.cluster.rows import Answer, RowError, compile_step
 from airflow_provider_raylm.cluster.source import ROW_ID
@@ -37,19 +38,24 @@ def through_handle(handle: Any, timeout: float) -> Ask:
         timeout: seconds per row in the engine.
 
     Raises (the returned function):
-        EngineError: the engine answered a row twice or not at all.
+        EngineError: the engine failed, or answered a row twice or not at all.
+        RayError: its replica is gone.
     """
     stream = handle.options(stream=True)
 
     def ask(requests: Sequence[str]) -> list[Answer | RowError]:
         answers: list[Answer | RowError | None] = [None] * len(requests)
-        for ready in stream.run_block.remote(list(requests), timeout):
-            for text in ready:
-                outcome = json.loads(text)
-                index = outcome.pop("index")
-                if answers[index] is not None:
-                    raise EngineError(f"the engine answered row {index} of a block twice")
-                answers[index] = RowError(**outcome) if "reason" in outcome else Answer(**outcome)
+        try:
+            for ready in stream.run_block.remote(list(requests), timeout):
+                for text in ready:
+                    outcome = json.loads(text)
+                    index = outcome.pop("index")
+                    if answers[index] is not None:
+                        raise EngineError(f"the engine answered row {index} of a block twice")
+                    answers[index] = RowError(**outcome) if "reason" in outcome else Answer(**outcome)
+        except RayTaskError as error:
+            # Ray's class for another process' error is made anew in each process and does not travel on.
+            raise error.cause from None
         complete = [answer for answer in answers if answer is not None]
         if len(complete) != len(requests):
             raise EngineError(f"the engine answered {len(complete)} of {len(requests)} rows of a block")

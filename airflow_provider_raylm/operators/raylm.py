@@ -240,8 +240,9 @@ def _labels(context: Context, engine: str) -> Labels:
 
 
 def _installation() -> str:
-    """Return what tells this Airflow from another on the same cluster: the address of its API server."""
-    return str(conf.get("api", "base_url", fallback=None) or "http://localhost:8080")
+    """Return what tells this Airflow from another on the same cluster: its name, else its API server's address."""
+    name = conf.get("raylm", "installation", fallback=None) or conf.get("api", "base_url", fallback=None)
+    return str(name or "http://localhost:8080")
 
 
 def _run_is_alive(context: Context, labels: Labels) -> bool:

@@ -85,3 +85,15 @@ def test_each_partition_gets_its_task(dagbag):
 
     outputs = {request.payload["batch"]["output"] for request in fake.submitted if request.verb == "infer"}
     assert outputs == {f"s3://out/reviews/region={region}" for region in ("eu", "us", "apac")}
+
+
+def test_an_engine_is_torn_down_after_all_that_use_it(dagbag):
+    """Mapped tasks too, which Airflow's own setup and teardown context leaves out."""
+    for dag_id, last in [
+        ("raylm_partitions", "language"),
+        ("raylm_quickstart", "reply"),
+        ("raylm_two_engines", "draft"),
+    ]:
+        dag = dagbag.dags[dag_id]
+        assert any(task.startswith("teardown_") for task in dag.get_task(last).downstream_task_ids), dag_id
+    assert "teardown_sorter" in dagbag.dags["raylm_two_engines"].get_task("topic").downstream_task_ids

@@ -13,6 +13,7 @@ from airflow_provider_raylm.cluster.sinks import MANIFEST, Output, task_fingerpr
 from airflow_provider_raylm.cluster.source import (
     ROW_ID,
     check_columns,
+    check_ids,
     columns_to_read,
     count_rows,
     list_files,
@@ -87,6 +88,17 @@ def test_an_id_column_is_used_and_must_not_be_null(tmp_path):
         rows_of(spec(tmp_path, id_column="key"))
 
 
+def test_ids_of_a_column_must_be_unique(tmp_path):
+    """Two outputs over one source carry the same ids: noticed before anything is paid for."""
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"text": ["x", "y"], ROW_ID: ["0-1", "0-2"]}), tmp_path / f"{name}.parquet")
+    task = spec(tmp_path)
+
+    check_ids(list_files(task)[:1], task, ["text", ROW_ID])
+    with pytest.raises(BatchError, match=r"2 ids of the column 'raylm_row_id' stand on several rows, '0-1' for one"):
+        check_ids(list_files(task), task, ["text", ROW_ID])
+
+
 def test_folders_globs_and_hidden_files(tmp_path):
     """What a manifest or a quarantine keeps beside the rows is no input."""
     for name in ("in/a.txt", "in/deep/b.txt", "in/_quarantine/c.txt", "in/.d.txt", "in/_manifest.txt", "e.txt"):
@@ -98,6 +110,8 @@ def test_folders_globs_and_hidden_files(tmp_path):
 
     assert names(str(tmp_path / "in")) == ["in/a.txt", "in/deep/b.txt"]
     assert names(f"{tmp_path}/in/*.txt") == ["in/a.txt"]
+    assert names(f"{tmp_path}/in/**/*.txt") == ["in/a.txt", "in/deep/b.txt"]
+    assert names(f"{tmp_path}/in/_quarantine/*.txt") == ["in/_quarantine/c.txt"]
     assert names([f"file://{tmp_path}/e.txt", f"{tmp_path}/in"]) == ["e.txt", "in/a.txt", "in/deep/b.txt"]
 
 
@@ -276,7 +290,7 @@ def prepared(tmp_path, **fields):
     if not source.exists():
         source.write_text("a\nb\nbad\n")
     task = spec(tmp_path, source=str(source), **fields)
-    mark = task_fingerprint(task, list_files(task))
+    mark = task_fingerprint(task, "engine", list_files(task))
     return task, Output(task, mark), mark
 
 
@@ -340,7 +354,7 @@ def test_another_task_or_input_is_not_mixed_in(tmp_path):
     run(task, output, mark)
     _, changed, _ = prepared(tmp_path, prompt="Now ${text}")
 
-    with pytest.raises(BatchError, match="holds the output of another spec or input"):
+    with pytest.raises(BatchError, match="holds the output of another spec, engine or input"):
         changed.prepare()
     _, replacing, _ = prepared(tmp_path, prompt="Now ${text}", overwrite=True)
     assert replacing.prepare() is None
@@ -348,7 +362,7 @@ def test_another_task_or_input_is_not_mixed_in(tmp_path):
 
     (tmp_path / "in.txt").write_text("a\nb\nc\n")
     _, output, _ = prepared(tmp_path)
-    with pytest.raises(BatchError, match="another spec or input"):
+    with pytest.raises(BatchError, match="another spec, engine or input"):
         output.prepare()
 
 
@@ -358,7 +372,7 @@ def test_somebody_elses_files_are_left_alone(tmp_path):
     (tmp_path / "out" / "part-0.parquet").write_bytes(b"precious")
     _, output, _ = prepared(tmp_path)
 
-    with pytest.raises(BatchError, match="holds other files"):
+    with pytest.raises(BatchError, match=r"holds .*part-0\.parquet"):
         output.prepare()
     assert (tmp_path / "out" / "part-0.parquet").read_bytes() == b"precious"
 

@@ -1,0 +1,106 @@
+"""One real engine for the whole run, and what vLLM alone answers to the same questions."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.offline import ENGINE_KWARGS
+from tests.tiny_model import make_tiny_model
+
+LABELS = {"installation": "tests", "dag_id": "d", "run_id": "manual__2026-01-01T00:00:00+00:00", "engine": "shared"}
+MAX_TOKENS = 12
+ROWS = 320
+CHATS = 40
+
+
+@pytest.fixture(scope="session")
+def model(cluster):
+    """A small model with random weights."""
+    return str(make_tiny_model(cluster.folder / "model"))
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Distinct texts of many lengths and scripts."""
+    chance = random.Random(7)
+    words = [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "größe",
+        "東京",
+        "🙂",
+        "x=1;",
+        '"quoted"',
+        "'single'",
+        "\\back",
+        "${not}",
+        "{{",
+        "no",
+        "}}",
+        "\t",
+        "tab",
+    ]
+    return [f"{i}: " + " ".join(chance.choices(words, k=chance.randint(1, 40))) for i in range(ROWS)]
+
+
+@pytest.fixture(scope="session")
+def offline(cluster, model, texts):
+    """vLLM's own answers: completions for all texts, chats for the first ones."""
+    request, answers = cluster.folder / "offline.json", cluster.folder / "offline-answers.json"
+    task = {
+        "model": model,
+        "prompts": [f"Say: {text}" for text in texts],
+        "chats": [
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}] for text in texts[:CHATS]
+        ],
+        "max_tokens": MAX_TOKENS,
+    }
+    request.write_text(json.dumps(task))
+    environ = {
+        **os.environ,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    command = [sys.executable, "-m", "tests.offline", str(request), str(answers)]
+    subprocess.run(command, check=True, cwd=REPOSITORY, env=environ, timeout=400, capture_output=True)
+    return json.loads(answers.read_text())
+
+
+@pytest.fixture(scope="session")
+def engine_spec(model):
+    """The shared engine's spec."""
+    return {"name": "shared", "model": model, "served_name": "tiny", "gpus": 0, "engine_kwargs": ENGINE_KWARGS}
+
+
+@pytest.fixture(scope="session")
+def engine(cluster, engine_spec, offline):
+    """The engine that all tests share, by reference. Offline first: two engines at once would starve each other."""
+    ref, said = cluster.finish(
+        cluster.start("deploy", {"engine": engine_spec, "labels": LABELS, "replace": False}), timeout=580
+    )
+    assert ref["adopted"] is False
+    assert any("is up after" in line for line in said)
+    return ref
+
+
+@pytest.fixture(scope="session")
+def source(cluster, texts):
+    """The texts in three parquet files."""
+    folder = cluster.folder / "texts"
+    folder.mkdir()
+    third = ROWS // 3 + 1
+    for number in range(3):
+        part = texts[number * third : (number + 1) * third]
+        keys = [f"key-{texts.index(text)}" for text in part]
+        pq.write_table(pa.table({"text": part, "key": keys}), folder / f"{number}.parquet")
+    return str(folder)

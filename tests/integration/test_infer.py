@@ -1,0 +1,211 @@
+"""Inference through the shared engine: the right answer on every row, and every row accounted for."""
+
+import json
+import time
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from airflow_provider_raylm.errors import BatchError
+from tests.conftest import REPOSITORY
+from tests.integration.conftest import CHATS, MAX_TOKENS, ROWS
+
+GREEDY = {"temperature": 0, "max_tokens": MAX_TOKENS}
+
+
+@pytest.fixture
+def infer(cluster, engine, tmp_path):
+    """Run an inference task and return its report."""
+
+    def run(**batch):
+        batch = {"prompt": "Say: ${text}", **GREEDY, "output": str(tmp_path / "out"), **batch}
+        return cluster.run("infer", {"engine": engine, "batch": {k: v for k, v in batch.items() if v is not None}})
+
+    return run
+
+
+def read(folder):
+    """Return the rows of an output folder in the order of their ids."""
+    return ds.dataset(str(folder), format="parquet").to_table().sort_by("raylm_row_id").to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("block_rows", "in_flight_rows", "by_key"), [(7, 20, False), (64, 2048, True), (1000, 1000, False)]
+)
+def test_answers_equal_offline_vllm(infer, source, texts, offline, tmp_path, block_rows, in_flight_rows, by_key):
+    """Row by row, whatever the block size and the window."""
+    report = infer(
+        source=source,
+        block_rows=block_rows,
+        in_flight_rows=in_flight_rows,
+        id_column="key" if by_key else None,
+    )
+    rows = read(tmp_path / "out")
+
+    assert (report["rows_in"], report["rows_written"], len(rows)) == (ROWS, ROWS, ROWS)
+    expected = dict(zip(texts, offline["prompts"], strict=True))
+    assert {row["text"]: row["response"] for row in rows} == expected
+    assert len(set(expected.values())) > ROWS * 0.9, "the model's answers must tell the rows apart"
+    if by_key:
+        assert all(texts[int(row["raylm_row_id"].removeprefix("key-"))] == row["text"] for row in rows)
+    else:
+        assert [row["text"] for row in rows] == texts
+    assert report["completion_tokens"] == sum(row["raylm_completion_tokens"] for row in rows)
+    assert {row["raylm_finish_reason"] for row in rows} <= {"stop", "length"}
+
+
+def test_chats_equal_offline_vllm(infer, texts, offline, tmp_path):
+    """With the model's own chat template."""
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:CHATS]))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "${text}"}]
+    infer(source=str(tmp_path / "in.jsonl"), prompt=None, messages=messages)
+
+    assert [row["response"] for row in read(tmp_path / "out")] == offline["chats"]
+
+
+def test_steps_and_chained_tasks_agree(infer, cluster, engine, tmp_path):
+    """Two steps in one task give what two tasks give, the second of which reads what the first wrote."""
+    (tmp_path / "in.txt").write_text("".join(f"line {i}\n" for i in range(30)))
+    first = {"prompt": "First: ${text}", "output_column": "one", **GREEDY}
+    second = {"prompt": "Then: ${one} ${text}", "output_column": "two", **GREEDY}
+    both = {"source": str(tmp_path / "in.txt"), "steps": [first, second], "output": str(tmp_path / "both")}
+    report = cluster.run("infer", {"engine": engine, "batch": both})
+    one = infer(source=str(tmp_path / "in.txt"), output=str(tmp_path / "one"), **first)
+    infer(source=one, output=str(tmp_path / "two"), **second)
+
+    columns = ["text", "one", "two", "raylm_row_id"]
+    in_one_task, in_two_tasks = (
+        [{name: row[name] for name in columns} for row in read(tmp_path / folder)] for folder in ("both", "two")
+    )
+    assert in_one_task == in_two_tasks
+    assert report["rows_written"] == 30
+
+
+def test_two_tasks_at_a_time(cluster, engine, source, offline, texts, tmp_path):
+    """Both on the one engine, each with its own answers."""
+    jobs = {}
+    for name in ("a", "b"):
+        batch = {"source": source, "prompt": "Say: ${text}", "output": str(tmp_path / name), **GREEDY}
+        jobs[name] = cluster.start("infer", {"engine": engine, "batch": batch})
+    for job in jobs.values():
+        assert cluster.finish(job)[0]["rows_written"] == ROWS
+
+    for name in jobs:
+        assert [row["response"] for row in read(tmp_path / name)] == offline["prompts"]
+
+
+def test_bad_rows_are_quarantined_and_the_others_written(infer, tmp_path):
+    """Each with its id, the reason, and the columns it came with."""
+    texts = ["fine", None, "", "word " * 600, "fine too", "odd \x00\x07 \u202e", " "]
+    pq.write_table(pa.table({"text": texts, "n": range(7)}), tmp_path / "in.parquet")
+    report = infer(source=str(tmp_path / "in.parquet"), prompt="${text}", error_budget=0.6)
+
+    assert [row["text"] for row in read(tmp_path / "out")] == [texts[0], texts[4], texts[5]]
+    failed = {row["n"]: row for row in read(tmp_path / "out" / "_quarantine")}
+    assert {n: row["raylm_reason"] for n, row in failed.items()} == {
+        1: "null_value",
+        2: "empty_prompt",
+        3: "prompt_too_long",
+        6: "empty_prompt",
+    }
+    assert failed[3]["text"] == texts[3]
+    assert failed[3]["raylm_row_id"] == "00000-000000003"
+    assert "512" in failed[3]["raylm_message"]
+    assert report["failures"] == {"null_value": 1, "empty_prompt": 2, "prompt_too_long": 1}
+
+
+def test_a_refused_parameter_breaks_the_budget(infer, source, tmp_path):
+    """The error has the commonest reason; a retry that is allowed more goes on from there."""
+    with pytest.raises(BatchError, match=r"320 of 320 rows failed, the error budget allows 16.*invalid_request"):
+        infer(source=source, extra_body={"logprobs": 10_000})
+
+    rows = read(tmp_path / "out" / "_quarantine")
+    assert len(rows) == ROWS
+    assert "logprobs" in rows[0]["raylm_message"].lower()
+
+
+def test_a_missing_column_fails_before_any_inference(infer, source, tmp_path):
+    """Naming it and those that are there."""
+    with pytest.raises(BatchError, match="the source has no column 'body'; it has text, key"):
+        infer(source=source, prompt="${body}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_file_is_named(infer, source, tmp_path):
+    """Also when it is found only in the middle of the work."""
+    good = pq.read_table(source).slice(0, 5)
+    pq.write_table(good, tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(content[:8] + b"\xff" * 40 + content[48:])
+
+    with pytest.raises(BatchError, match=r"cannot read .*b\.parquet as parquet"):
+        infer(source=f"{tmp_path}/*.parquet")
+
+
+def test_an_empty_source_and_one_that_is_not_there(infer, tmp_path):
+    """Nothing to do is success with an output that can be read; a wrong path is an error."""
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "in.parquet")
+    report = infer(source=str(tmp_path / "in.parquet"))
+
+    assert report["rows_in"] == 0
+    assert read(tmp_path / "out") == []
+    with pytest.raises(BatchError, match=r"nothing-\*\.parquet' matches no file"):
+        infer(source=f"{tmp_path}/nothing-*.parquet")
+
+
+def test_a_second_run_redoes_only_what_is_missing(infer, source, texts, offline, tmp_path):
+    """Nothing when all is there; the missing block when one is not."""
+    first = infer(source=source, block_rows=50)
+    again = infer(source=source, block_rows=50)
+
+    assert (first["rows_written"], again["rows_written"], again["rows_already_done"]) == (ROWS, 0, ROWS)
+    assert again["fingerprint"] == first["fingerprint"]
+
+    manifest = tmp_path / "out" / "_manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "report": None}))
+    part = sorted((tmp_path / "out").glob("part-*"))[0]
+    lost = pq.read_table(part).num_rows
+    part.unlink()
+    third = infer(source=source, block_rows=50)
+
+    assert (third["rows_written"], third["rows_already_done"], third["rows_in"]) == (lost, ROWS - lost, ROWS)
+    assert [row["response"] for row in read(tmp_path / "out")] == offline["prompts"]
+
+
+def test_progress_is_said_without_noise(cluster, engine, source, tmp_path):
+    """The lines of a task are few, and none is Ray's."""
+    batch = {"source": source, "prompt": "Say: ${text}", "output": str(tmp_path / "out"), **GREEDY}
+    _, said = cluster.finish(cluster.start("infer", {"engine": engine, "batch": batch}))
+
+    assert said[0] == f"3 files, {ROWS} rows to answer"
+    assert said[-1].startswith(f"{ROWS} of {ROWS} rows, 0 failed, ")
+    assert all(len(line) < 120 for line in said)
+
+
+def test_the_stock_stage_works_on_the_engine(cluster, engine, source, offline, texts, tmp_path):
+    """It is an ordinary Serve deployment: Ray's own processor finds it by application and deployment name."""
+    from ray.job_submission import JobSubmissionClient
+
+    script = REPOSITORY / "tests" / "integration" / "stock_stage.py"
+    client = JobSubmissionClient(cluster.url, headers={"Authorization": f"Bearer {cluster.token}"})
+    arguments = [
+        engine["deployment"],
+        engine["application"],
+        engine["model"],
+        f"{source}/0.parquet",
+        str(tmp_path),
+        str(MAX_TOKENS),
+    ]
+    job = client.submit_job(entrypoint=f"python {script} {' '.join(arguments)}")
+    deadline = time.monotonic() + 300
+    while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
+        time.sleep(1)
+    log = client.get_job_logs(job)
+    assert client.get_job_status(job) == "SUCCEEDED", log[-3000:]
+
+    rows = [json.loads(line) for line in (tmp_path / "stock.jsonl").read_text().splitlines()]
+    expected = dict(zip(texts, offline["prompts"], strict=True))
+    assert {row["text"]: row["response"] for row in rows} == {row["text"]: expected[row["text"]] for row in rows}
+    assert len(rows) == ROWS // 3 + 1
