@@ -128,14 +128,18 @@ def stop(folder: Path) -> None:
     note = _note(folder)
     if not note.exists():
         return
-    leader = int(json.loads(note.read_text())["pid"])
+    end_session(int(json.loads(note.read_text())["pid"]))
+    note.unlink()
+
+
+def end_session(leader: int) -> None:
+    """End all processes of the session that *leader* began, politely first, and wait until they have ended."""
     _signal(leader, signal.SIGTERM)
     end = time.monotonic() + STOP_TIMEOUT_S
     while _session(leader):
         if time.monotonic() >= end:
             _signal(leader, signal.SIGKILL)
         time.sleep(0.2)
-    note.unlink()
 
 
 def _signal(leader: int, number: int) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from contextlib import closing, contextmanager
@@ -15,6 +16,17 @@ from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient
 
 # Outside Ray's worker ports (10002 to 19999) and the kernel's own choices for clients (from 32768 on).
 _PORTS = iter(range(28265, 28300))
+
+# What vLLM on CPUs needs on a small machine without a network: threads that spin while they wait, or are bound to the
+# same cores as another engine's, starve the other processes.
+ENGINE_ENVIRON = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 @dataclass
@@ -60,15 +72,14 @@ class Cluster:
 
 @contextmanager
 def ray_cluster(*, token=True, cpus=None):
-    """Start a Ray head and stop it, with all its processes, in the end."""
+    """Start a Ray head and stop it, with all its processes and files, in the end."""
     folder = Path(tempfile.mkdtemp(prefix="raylm-"))
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | ENGINE_ENVIRON
     secret = secrets.token_hex(16) if token else None
     environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret} if secret else {"RAY_AUTH_MODE": "disabled"})
-    # Threads that spin while they wait starve the other processes of a small machine.
-    environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     started = local.start(folder / "ray", next(_PORTS), cpus=cpus, environ=environ)
     try:
         yield Cluster(folder, started.dashboard_url, secret)
     finally:
         local.stop(folder / "ray")
+        shutil.rmtree(folder, ignore_errors=True)

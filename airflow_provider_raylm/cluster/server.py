@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from airflow_provider_raylm.errors import EngineError
 
@@ -98,8 +98,9 @@ class BlockLLMServer(LLMServer):
         else:
             stream = self.engine.completions(CompletionRequest.model_validate(fields), None)
         response = await anext(stream)
-        if isinstance(response, ErrorResponse):
-            error = response.error
+        # By shape: the engine answers with a base class of the one that ray.serve.llm exports.
+        error = getattr(response, "error", None)
+        if error is not None:
             if error.code not in _ROW_ERROR_CODES:
                 raise EngineError(f"the engine answered {error.code} {error.type}: {error.message}")
             reason = "prompt_too_long" if _TOO_LONG.search(error.message) else "invalid_request"

@@ -1,0 +1,110 @@
+"""Deploying: adopt what is there, say why it cannot be, leave nothing behind."""
+
+import time
+from contextlib import closing
+
+import pytest
+
+import airflow_provider_raylm.wire as wire
+from airflow_provider_raylm.errors import ClusterError, EngineError
+from tests.conftest import REPOSITORY
+from tests.integration.conftest import LABELS
+
+OTHER = {**LABELS, "run_id": "another run"}
+
+
+def deploy(cluster, spec, labels=OTHER, replace=False):
+    return cluster.run("deploy", {"engine": spec, "labels": labels, "replace": replace})
+
+
+def engines(cluster, installation="tests"):
+    found = cluster.run("sweep", {"delete": [], "max_age": None, "installation": installation})["engines"]
+    return [engine["application"] for engine in found]
+
+
+def test_an_equal_engine_is_adopted_and_another_refused(cluster, engine, engine_spec):
+    """The name belongs to the run; waiting times do not matter, the model does."""
+    adopted = deploy(cluster, {**engine_spec, "deploy_timeout": 77}, LABELS)
+
+    assert adopted["adopted"] is True
+    assert {adopted[name] == engine[name] for name in ("application", "fingerprint", "model")} == {True}
+    with pytest.raises(EngineError, match=r"running with another spec.*replace=True"):
+        deploy(cluster, {**engine_spec, "served_name": "other"}, LABELS)
+
+
+def test_a_model_that_is_not_there(cluster, engine, engine_spec):
+    """vLLM's own reason, and nothing left on the cluster."""
+    with pytest.raises(EngineError, match=r"did not start \(DEPLOY_FAILED\).*/no/such/model"):
+        deploy(cluster, {**engine_spec, "model": "/no/such/model"})
+    assert engines(cluster) == [engine["application"]]
+
+
+def test_an_engine_argument_that_vllm_does_not_know(cluster, engine, engine_spec):
+    """By its name."""
+    with pytest.raises(EngineError, match="no_such_argument"):
+        deploy(cluster, {**engine_spec, "engine_kwargs": {"no_such_argument": 1}})
+    assert engines(cluster) == [engine["application"]]
+
+
+def test_more_than_the_cluster_has(cluster, engine, engine_spec):
+    """Said within a minute, with what was asked and what there is."""
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"asks for 1 CPU, 8 GPU.*the cluster has 2 CPU, 0 GPU"):
+        deploy(cluster, {**engine_spec, "gpus": 4, "tensor_parallel_size": 2, "scale_up_timeout": 5})
+
+    assert time.monotonic() - started < 60
+    assert engines(cluster) == [engine["application"]]
+
+
+def test_a_sweep_sees_only_its_own_installation(cluster, engine):
+    """An engine of another Airflow is neither listed nor deleted, even by name."""
+    assert engines(cluster, "somebody else") == []
+    sweep = {"delete": [engine["application"]], "max_age": 0, "installation": "somebody else"}
+    assert cluster.run("sweep", sweep)["deleted"] == []
+    assert engines(cluster) == [engine["application"]]
+
+
+def test_the_lease_deletes_its_application(cluster):
+    """From inside, with nobody's help; on an application without vLLM, to be quick."""
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(cluster.url, headers={"Authorization": f"Bearer {cluster.token}"})
+    job = client.submit_job(entrypoint=f"python {REPOSITORY / 'tests' / 'integration' / 'lease_job.py'}")
+    deadline = time.monotonic() + 180
+    while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
+        time.sleep(1)
+    log = client.get_job_logs(job)
+
+    assert client.get_job_status(job) == "SUCCEEDED", log[-3000:]
+    assert "renewed: there, left alone: gone" in log
+
+
+def test_another_version_on_the_cluster(cluster, monkeypatch):
+    """Both versions, and what to do."""
+    monkeypatch.setattr(wire, "__version__", "9.9")
+    monkeypatch.setattr("airflow_provider_raylm.ray_jobs.__version__", "9.9")
+
+    with pytest.raises(
+        ClusterError, match=r"worker runs airflow-provider-raylm 9\.9, the cluster 0\.1\.0.*ship_package"
+    ):
+        cluster.run("sweep", {"delete": [], "max_age": None, "installation": "x"}, ship_package=False)
+
+
+def test_no_package_on_the_cluster(cluster, tmp_path):
+    """The interpreter has Ray, but not this package."""
+    bare = tmp_path / "python"
+    bare.write_text('#!/bin/sh\nexec /usr/bin/env python3 -S -I "$@"\n')
+    bare.chmod(0o755)
+
+    with pytest.raises(ClusterError, match=r"does not have the package airflow-provider-raylm.*pip install --no-deps"):
+        cluster.run("sweep", {}, ship_package=False, python=str(bare))
+
+
+def test_a_wrong_token(cluster):
+    """Names the address and where the token belongs."""
+    for token in (None, "wrong"):
+        with (
+            closing(cluster.client(token=token)) as jobs,
+            pytest.raises(ClusterError, match=r"40[13].*connection's password"),
+        ):
+            jobs.ray_version()

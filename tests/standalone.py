@@ -1,0 +1,146 @@
+"""A real Airflow for tests and the demo: `airflow standalone` on loopback, driven over its REST API."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+START_TIMEOUT_S = 180.0
+PORT = 28080
+DONE = {"success", "failed"}
+
+
+class Airflow:
+    """The REST API of a running standalone."""
+
+    def __init__(self, url: str) -> None:
+        token = httpx.get(f"{url}/auth/token", timeout=30).raise_for_status().json()["access_token"]
+        headers = {"Authorization": f"Bearer {token}"}
+        self._http = httpx.Client(base_url=f"{url}/api/v2", headers=headers, timeout=60)
+
+    def call(self, method: str, path: str, **body: Any) -> Any:
+        """Send one request and return its JSON."""
+        response = self._http.request(method, path, **({"json": body} if body else {}))
+        if not response.is_success:
+            raise RuntimeError(f"{method} {path}: {response.status_code} {response.text[:500]}")
+        return response.json() if response.content else None
+
+    def trigger(self, dag_id: str, conf: Mapping[str, Any]) -> str:
+        """Unpause the DAG, start a run, and return its id; waits until the DAG has been parsed."""
+        end = time.monotonic() + 120
+        while True:
+            try:
+                self.call("PATCH", f"/dags/{dag_id}", is_paused=False)
+                break
+            except RuntimeError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(1)
+        return str(self.call("POST", f"/dags/{dag_id}/dagRuns", logical_date=None, conf=dict(conf))["dag_run_id"])
+
+    def wait(self, dag_id: str, run_id: str, timeout: float) -> str:
+        """Wait until the run has ended and return its state."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            state = str(self.call("GET", f"/dags/{dag_id}/dagRuns/{quote(run_id)}")["state"])
+            if state in DONE:
+                return state
+            time.sleep(1)
+        raise TimeoutError(f"{dag_id} {run_id} is not done after {timeout:.0f} s: {self.states(dag_id, run_id)}")
+
+    def instances(self, dag_id: str, run_id: str) -> list[dict[str, Any]]:
+        """Return the run's task instances."""
+        found = self.call("GET", f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances")["task_instances"]
+        return list(found)
+
+    def states(self, dag_id: str, run_id: str) -> dict[str, str]:
+        """Return each task's state."""
+        return {ti["task_id"]: ti["state"] for ti in self.instances(dag_id, run_id)}
+
+    def xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
+        """Return what a task returned."""
+        path = f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}/xcomEntries/return_value"
+        value = self.call("GET", path)["value"]
+        return json.loads(value) if isinstance(value, str) else value
+
+    def log(self, dag_id: str, run_id: str, task_id: str, attempt: int = 1) -> str:
+        """Return a task's log as text."""
+        path = f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}/logs/{attempt}"
+        content = self.call("GET", f"{path}?full_content=true")["content"]
+        return "\n".join(str(line.get("event", line)) if isinstance(line, dict) else str(line) for line in content)
+
+
+@contextmanager
+def standalone(home: Path, dags: Path, environ: Mapping[str, str]) -> Iterator[Airflow]:
+    """Start Airflow with a home and a database of its own, and end all its processes afterwards.
+
+    Raises:
+        TimeoutError: it is not healthy after three minutes; the text has its last lines.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    url = f"http://127.0.0.1:{PORT}"
+    log = home / "standalone.log"
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")},
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "AIRFLOW_HOME": str(home),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
+        "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
+        "AIRFLOW__CORE__PARALLELISM": "8",
+        "AIRFLOW__API__HOST": "127.0.0.1",
+        "AIRFLOW__API__PORT": str(PORT),
+        "AIRFLOW__API__BASE_URL": url,
+        "AIRFLOW__API__WORKERS": "1",
+        "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(PORT + 1),
+        "AIRFLOW__TRIGGERER__TRIGGER_LOG_SERVER_PORT": str(PORT + 2),
+        "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+        "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+        **environ,
+    }
+    command = [sys.executable, "-m", "airflow", "standalone"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        _wait_until_healthy(url, process, log)
+        yield Airflow(url)
+    finally:
+        _end_session(process)
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            health = httpx.get(f"{url}/api/v2/monitor/health", timeout=5).json()
+            if all(health[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "dag_processor")):
+                return
+        except (httpx.TransportError, ValueError, KeyError):
+            pass
+        if process.poll() is not None or time.monotonic() >= end:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+            raise TimeoutError(f"Airflow did not come up:\n{tail}")
+        time.sleep(0.5)
+
+
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    """End everything that standalone started: its children live in its session and its process groups."""
+    from airflow_provider_raylm.local import end_session
+
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=15)
+    end_session(process.pid)

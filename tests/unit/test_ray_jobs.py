@@ -1,0 +1,185 @@
+"""The way to the dashboard: every way it can be barred is said in a sentence that names the address and the remedy."""
+
+import http.server
+import json
+import os
+import ssl
+import subprocess
+import threading
+from contextlib import closing, contextmanager
+
+import pytest
+
+from airflow_provider_raylm.errors import BatchError, ClusterError, SpecError
+from airflow_provider_raylm.hooks.raylm import RayLMHook
+from airflow_provider_raylm.local import find_token
+from airflow_provider_raylm.polling import Unreachable
+from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient, package_archive
+from airflow_provider_raylm.wire import ERROR_SENTINEL, RESULT_SENTINEL, outcome
+
+VERSION = json.dumps({"ray_version": "2.60.0"})
+
+
+@contextmanager
+def dashboard(status=200, body=VERSION, certificate=None):
+    """A web server on loopback that gives one answer; yields its address and the headers it got."""
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(dict(self.headers))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"{'https' if certificate else 'http'}://localhost:{server.server_port}", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for localhost that nobody has signed but itself, with its key in the same file."""
+    path = tmp_path_factory.mktemp("tls") / "localhost.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(path), "-out", str(path) + ".crt"]
+    subprocess.run(command, check=True, capture_output=True)
+    path.write_text(path.read_text() + (path.parent / (path.name + ".crt")).read_text())
+    return path
+
+
+def version(url, **kwargs):
+    with closing(RayJobsClient(url, **kwargs)) as jobs:
+        return jobs.ray_version()
+
+
+def test_the_token_and_headers_are_sent():
+    """With every request."""
+    with dashboard() as (url, seen):
+        assert version(url, token="secret", headers={"X-Proxy": "a"}) == "2.60.0"
+
+    assert seen[0]["Authorization"] == "Bearer secret"
+    assert seen[0]["X-Proxy"] == "a"
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_token(status):
+    """Says where the token belongs."""
+    with dashboard(status) as (url, _), pytest.raises(ClusterError, match=rf"{url} answers {status}.*password"):
+        version(url)
+
+
+def test_nobody_there():
+    """Says what to check; may be over the next time."""
+    with pytest.raises(Unreachable, match=r"http://127\.0\.0\.1:9 does not answer.*host and port"):
+        version("http://127.0.0.1:9")
+
+
+def test_something_else_there():
+    """Another web server is no dashboard; a broken one may recover."""
+    with dashboard(body="<html>") as (url, _), pytest.raises(ClusterError, match="not as a Ray dashboard"):
+        version(url)
+    with dashboard(502, body="Traceback\nValueError: no agent\n.\n") as (url, _):
+        with pytest.raises(Unreachable, match="answers 502 to GET /api/version: ValueError: no agent"):
+            version(url)
+
+
+def test_a_certificate_that_is_not_trusted(certificate):
+    """Verification is on by default; an own CA can be named, or the check switched off."""
+    with dashboard(certificate=certificate) as (url, _):
+        with pytest.raises(ClusterError, match=r"certificate is not trusted.*ca_cert.*verify"):
+            version(url)
+        assert version(url, verify=str(certificate)) == "2.60.0"
+        assert version(url, verify=False) == "2.60.0"
+    with pytest.raises(ClusterError, match="cannot read the CA certificate"):
+        version("https://localhost", verify="/no/such/file")
+
+
+def test_a_request_that_no_job_can_carry():
+    """Linux bounds an environment string."""
+    with pytest.raises(ClusterError, match=r"carries 120,000.*Shorten the prompt"):
+        JobRequest("a", "infer", {"x": "y" * 120_000}).wire()
+
+
+def test_the_package_travels_as_the_same_bytes():
+    """Equal packages have equal names: they are uploaded once."""
+    name, content = package_archive()
+    package_archive.cache_clear()
+
+    assert (name, content) == package_archive()
+    assert name.startswith("_ray_pkg_")
+
+
+def test_an_outcome_is_the_last_word():
+    """Whatever noise surrounds it; an error keeps its class."""
+    assert outcome(f'noise\n{RESULT_SENTINEL}{{"a": 1}}\nlate noise') == {"a": 1}
+    with pytest.raises(BatchError, match="^no rows$"):
+        outcome(ERROR_SENTINEL + json.dumps({"type": "BatchError", "message": "no rows"}))
+    with pytest.raises(ClusterError, match="(?s)without a result.*the end"):
+        outcome("begin\nthe end\n")
+    with pytest.raises(ClusterError, match="runtime env failed"):
+        outcome("", "runtime env failed")
+    with pytest.raises(ClusterError, match="does not have the package"):
+        outcome("python: No module named airflow_provider_raylm.cluster\n")
+
+
+def connection(monkeypatch, uri):
+    monkeypatch.setenv("AIRFLOW_CONN_RAYLM_TEST", uri)
+    return RayLMHook("raylm_test")
+
+
+def test_a_connection_leads_to_its_dashboard(monkeypatch):
+    """Address, token and extras, and a sentence for the form's Test button."""
+    with dashboard() as (url, seen):
+        hook = connection(monkeypatch, url.replace("http://", "raylm://:to%2Fken@") + "/?ship_package=false")
+        ok, sentence = hook.test_connection()
+        client = hook.get_conn()
+
+    assert (ok, sentence) == (True, f"Ray 2.60.0 answers at {url}")
+    assert seen[0]["Authorization"] == "Bearer to/ken"
+    assert client._ship_package is False
+
+
+def test_a_connection_that_cannot_work(monkeypatch):
+    """The test fails with the reason; it does not raise."""
+    ok, sentence = connection(monkeypatch, "raylm://127.0.0.1:9").test_connection()
+    assert not ok
+    assert "does not answer" in sentence
+
+    ok, sentence = connection(monkeypatch, json.dumps({"conn_type": "raylm"})).test_connection()
+    assert not ok
+    assert "has no host" in sentence
+
+    broken = {"conn_type": "raylm", "host": "h", "extra": {"verfy": False}}
+    with pytest.raises(SpecError, match=r"Extra\.verfy: unknown field"):
+        connection(monkeypatch, json.dumps(broken)).get_conn()
+    empty_form = {"conn_type": "raylm", "host": "h", "schema": "https", "extra": {"verify": None, "timeout": None}}
+    assert connection(monkeypatch, json.dumps(empty_form)).get_conn().dashboard_url == "https://h:8265"
+
+
+def test_the_local_token_is_found_where_ray_looks(tmp_path, monkeypatch):
+    """In Ray's own order."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_token({}) is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("home\n")
+    (tmp_path / "elsewhere").write_text("file")
+    by_path = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "elsewhere")}
+
+    assert find_token({}) == "home"
+    assert find_token(by_path) == "file"
+    assert find_token({**by_path, "RAY_AUTH_TOKEN": "variable"}) == "variable"
+    assert os.environ.get("RAY_AUTH_TOKEN") is None
