@@ -62,7 +62,8 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
     files = list_files(spec)
     columns = _columns(spec, files)
     check_ids(files, spec, columns)
-    output = Output(spec, task_fingerprint(spec, ref.fingerprint, files))
+    mark = task_fingerprint(spec, ref.fingerprint, files)
+    output = Output(spec, mark)
     finished = output.prepare()
     if finished is not None:
         say(f"{spec.output} is complete already ({finished.fingerprint}): nothing to do")
@@ -75,25 +76,11 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
         say(f"{len(done)} rows are there from an earlier attempt")
     with engine.explained(ref.application), _heartbeat(ref.application, tally, started, say):
         _require_cpus()
-        for block in _blocks(spec, ref, files, columns, done):
+        for block in _blocks(spec, ref, mark, RowSource(files, spec, columns_to_read(spec, columns), done)):
             tally.add(block)
     if tally.total is not None and tally.rows != tally.total:
         raise BatchError(f"{tally.rows} rows were answered, but {tally.total} were to be; the output is not complete.")
-    report = BatchReport(
-        rows_in=len(done) + tally.rows,
-        rows_written=tally.written,
-        rows_quarantined=tally.quarantined,
-        rows_already_done=len(done),
-        failures=dict(tally.failures),
-        prompt_tokens=tally.prompt_tokens,
-        completion_tokens=tally.completion_tokens,
-        seconds=round(time.monotonic() - started, 3),
-        output=spec.output,
-        quarantine=spec.quarantine_uri,
-        application=ref.application,
-        model=ref.model,
-        fingerprint=task_fingerprint(spec, ref.fingerprint, files),
-    )
+    report = _report(spec, ref, mark, tally, len(done), time.monotonic() - started)
     _require_budget(spec, report)
     output.finish(report, _empty_schema(spec, columns))
     engine.record(ref.application, report)
@@ -111,9 +98,25 @@ def _columns(spec: BatchSpec, files: list[SourceFile]) -> list[str]:
     return []
 
 
-def _blocks(
-    spec: BatchSpec, ref: EngineRef, files: list[SourceFile], columns: list[str], done: pa.Array
-) -> Iterator[dict[str, Any]]:
+def _report(spec: BatchSpec, ref: EngineRef, mark: str, tally: Tally, already_done: int, seconds: float) -> BatchReport:
+    return BatchReport(
+        rows_in=already_done + tally.rows,
+        rows_written=tally.written,
+        rows_quarantined=tally.quarantined,
+        rows_already_done=already_done,
+        failures=dict(tally.failures),
+        prompt_tokens=tally.prompt_tokens,
+        completion_tokens=tally.completion_tokens,
+        seconds=round(seconds, 3),
+        output=spec.output,
+        quarantine=spec.quarantine_uri,
+        application=ref.application,
+        model=ref.model,
+        fingerprint=mark,
+    )
+
+
+def _blocks(spec: BatchSpec, ref: EngineRef, mark: str, source: RowSource) -> Iterator[dict[str, Any]]:
     """Yield the counts of each block as it is written."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -122,12 +125,8 @@ def _blocks(
     context.raise_original_map_exception = True
     in_flight = math.ceil(spec.in_flight_rows / spec.block_rows)
     blocks = ray.data.read_datasource(
-        RowSource(files, spec, columns_to_read(spec, columns), done),
-        num_cpus=READ_CPUS,
-        concurrency=READ_TASKS,
-        override_num_blocks=len(files),
+        source, num_cpus=READ_CPUS, concurrency=READ_TASKS, override_num_blocks=len(source.files)
     )
-    mark = task_fingerprint(spec, ref.fingerprint, files)
     counts = blocks.map_batches(
         AnswerAndWrite,
         fn_constructor_args=(spec.model_dump(mode="json"), ref.model_dump(mode="json"), mark),

@@ -208,21 +208,21 @@ class RowSource(Datasource):
 
     def __init__(self, files: list[SourceFile], spec: BatchSpec, columns: list[str] | None, done: pa.Array) -> None:
         super().__init__()
-        self._files = files
+        self.files = files
         self._spec = spec
         self._columns = columns
         self._done = done
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Return the files' size on disk in bytes."""
-        return sum(file.size for file in self._files)
+        return sum(file.size for file in self.files)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         """Return one task per file, whatever *parallelism* asks for: a file is read in order."""
         tasks = []
-        for file in self._files:
+        for file in self.files:
             read = _Read(file, self._columns, self._spec.id_column, self._spec.block_rows, self._done)
             metadata = BlockMetadata(num_rows=None, size_bytes=file.size, exec_stats=None, input_files=[file.uri])
             tasks.append(ReadTask(read, metadata))

@@ -1,0 +1,80 @@
+"""What deploying decides without a cluster: what is asked for, what lacks, why a start failed, when a lease is over."""
+
+import pytest
+
+from airflow_provider_raylm.cluster.engine import bundles, root_cause, shortage
+from airflow_provider_raylm.cluster.lease import expiry
+from airflow_provider_raylm.specs import EngineSpec, Lease
+
+GPU_NODE = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H100": 1.0, "memory": 1e9}
+CPU_NODE = {"CPU": 8.0, "memory": 1e9}
+
+
+def spec(**fields):
+    return EngineSpec(name="e", model="m", **fields)
+
+
+def test_what_a_replica_asks_for():
+    """One bundle per worker, the first with the replica's own CPUs; on CPUs it is all one process' business."""
+    assert bundles(spec()) == [{"GPU": 1, "CPU": 1}]
+    assert bundles(spec(gpus=0, cpus=4, tensor_parallel_size=2)) == [{"CPU": 4}]
+    assert bundles(spec(tensor_parallel_size=2, accelerator_type="H100", cpus=2)) == [
+        {"GPU": 1, "CPU": 2, "accelerator_type:H100": 0.001},
+        {"GPU": 1, "accelerator_type:H100": 0.001},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "nodes", "lacks"),
+    [
+        ({}, [GPU_NODE], None),
+        ({"tensor_parallel_size": 4}, [GPU_NODE, GPU_NODE], None),
+        ({"gpus": 0, "cpus": 8}, [CPU_NODE], None),
+        ({"gpus": 0.5, "replicas": 4}, [GPU_NODE], None),
+        ({"replicas": (1, 9)}, [GPU_NODE], None),
+        ({}, [CPU_NODE], "asks for 1 CPU, 1 GPU; the cluster has 8 CPU, 0 GPU in total"),
+        (
+            {"replicas": 3},
+            [GPU_NODE],
+            "asks for 3 CPU, 3 GPU in 3 parts of 1 CPU, 1 GPU; the cluster has 16 CPU, 2 GPU",
+        ),
+        ({"accelerator_type": "B200"}, [GPU_NODE], "asks for 1 CPU, 1 GPU, B200; the cluster has 16 CPU, 2 GPU, H100"),
+        ({"gpus": 0, "cpus": 12}, [CPU_NODE, CPU_NODE], "the cluster has 16 CPU, 0 GPU in total, its nodes 8 CPU"),
+        ({}, [], "the cluster has 0 GPU in total"),
+    ],
+)
+def test_what_a_cluster_lacks(fields, nodes, lacks):
+    """In total, or on any one node; with what was asked, what there is, and what to change."""
+    said = shortage(spec(**fields), nodes)
+
+    assert said is None if lacks is None else lacks in said
+    assert said is None or "scale_up_timeout" in said
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        (
+            'The deployment failed to start 1 times in a row.\nTraceback (most recent call last):\n  File "x"\n'
+            "airflow_provider_raylm.errors.EngineError: OSError: no model here\n",
+            "OSError: no model here",
+        ),
+        ("Traceback:\n  File x\nValueError: first\n\nRuntimeError: second\n", "RuntimeError: second"),
+        ("no traceback at all", "no traceback at all"),
+    ],
+)
+def test_the_sentence_that_says_why(message, cause):
+    """A reader wants the cause, not the traceback."""
+    assert root_cause(message) == cause
+
+
+def test_when_a_lease_is_over():
+    """Idle for too long, or too old, busy or not; until then it holds."""
+    bounds = Lease(idle_timeout=10, max_lifetime=100)
+
+    assert expiry(bounds, deployed_at=0, renewed_at=50, now=59.9) is None
+    assert "idle_timeout (10 s)" in expiry(bounds, deployed_at=0, renewed_at=50, now=60)
+    assert expiry(bounds, deployed_at=0, renewed_at=99, now=99.9) is None
+    assert "max_lifetime (100 s)" in expiry(bounds, deployed_at=0, renewed_at=99, now=100)
+    # An engine that is still loading counts as busy until its deploy timeout.
+    assert expiry(bounds, deployed_at=0, renewed_at=60, now=30) is None
