@@ -136,19 +136,19 @@ def end_session(leader: int) -> None:
     """End all processes of the session that *leader* began, politely first, and wait until they have ended."""
     _signal(leader, signal.SIGTERM)
     end = time.monotonic() + STOP_TIMEOUT_S
-    while _session(leader):
+    while session(leader):
         if time.monotonic() >= end:
             _signal(leader, signal.SIGKILL)
         time.sleep(0.2)
 
 
 def _signal(leader: int, number: int) -> None:
-    for pid in _session(leader):
+    for pid in session(leader):
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
-def _session(leader: int) -> list[int]:
+def session(leader: int) -> list[int]:
     """Return the live processes of the session that *leader* began: all that the head started, wherever they hang."""
     members = []
     for stat in Path("/proc").glob("[0-9]*/stat"):

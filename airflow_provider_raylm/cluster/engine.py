@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import ray
 from ray import serve
@@ -20,6 +19,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
 from ray.util import placement_group_table
 
+from airflow_provider_raylm.cluster.llm import llm_deployment
+from airflow_provider_raylm.cluster.resources import Bundle, bundles, shortage, show, total
 from airflow_provider_raylm.errors import EngineError, RayLMError
 from airflow_provider_raylm.naming import (
     APPLICATION_PREFIX,
@@ -44,100 +45,7 @@ SAY_PERIOD_S = 30.0
 LEASE_CALL_TIMEOUT_S = 20.0
 DELETE_TIMEOUT_S = 300.0
 
-Bundle = dict[str, float]
 Say = Callable[[str], None]
-
-
-def bundles(spec: EngineSpec) -> list[Bundle]:
-    """Return what one replica asks of the cluster.
-
-    One bundle per vLLM worker, the first of which also holds the replica; without a GPU the workers are processes
-    of the replica itself.
-    """
-    if not spec.gpus:
-        return [{"CPU": spec.cpus}]
-    worker: Bundle = {"GPU": spec.gpus}
-    if spec.accelerator_type:
-        worker[f"accelerator_type:{spec.accelerator_type}"] = 0.001
-    workers = [dict(worker) for _ in range(spec.tensor_parallel_size * spec.pipeline_parallel_size)]
-    workers[0]["CPU"] = spec.cpus
-    return workers
-
-
-def llm_config(spec: EngineSpec) -> Any:
-    """Translate a spec into Ray's LLMConfig; nothing is started.
-
-    Raises:
-        EngineError: the cluster lacks ray[llm]'s or vLLM's packages.
-    """
-    try:
-        from ray.serve.llm import LLMConfig
-    except ImportError as error:
-        raise EngineError(_missing_package(error)) from error
-
-    replicas: dict[str, Any] = {"num_replicas": spec.replicas}
-    if isinstance(spec.replicas, tuple):
-        low, high = spec.replicas
-        replicas = {"autoscaling_config": {"min_replicas": low, "max_replicas": high}}
-    # Ray adds the replica's own CPUs to the first of these bundles.
-    placement = {"bundle_per_worker": {"GPU": spec.gpus}} if spec.gpus else {"bundles": [{"CPU": 0}]}
-    return LLMConfig(
-        model_loading_config={
-            "model_id": spec.served_model_name,
-            "model_source": spec.model,
-            **({"tokenizer_source": spec.tokenizer} if spec.tokenizer else {}),
-        },
-        engine_kwargs={
-            **spec.engine_kwargs,
-            "tensor_parallel_size": spec.tensor_parallel_size,
-            "pipeline_parallel_size": spec.pipeline_parallel_size,
-            **({"tokenizer": spec.tokenizer} if spec.tokenizer else {}),
-        },
-        accelerator_type=spec.accelerator_type,
-        accelerator_config={"kind": "gpu" if spec.gpus else "cpu"},
-        placement_group_config=placement,
-        deployment_config={
-            "max_ongoing_requests": spec.max_ongoing_requests,
-            "ray_actor_options": {"num_cpus": spec.cpus},
-            # A start that failed fails again; the task's own retry is the place to try once more.
-            "max_constructor_retry_count": 1,
-            # A replica that computes on the CPU answers late when the machine is busy; that is not ill health.
-            "health_check_period_s": 10 if spec.gpus else 30,
-            "health_check_timeout_s": 30 if spec.gpus else 120,
-            "graceful_shutdown_timeout_s": 20,
-            **replicas,
-        },
-        runtime_env={"env_vars": dict(spec.env)},
-        log_engine_metrics=not spec.engine_kwargs.get("disable_log_stats", False),
-    )
-
-
-def shortage(spec: EngineSpec, nodes: list[Bundle]) -> str | None:
-    """Return what the cluster lacks in total for *spec*, or None when it could fit once everything is free.
-
-    Args:
-        spec: the engine.
-        nodes: total resources of every live node.
-    """
-    replicas = spec.replicas[0] if isinstance(spec.replicas, tuple) else spec.replicas
-    asked = bundles(spec) * replicas
-    total = _sum(nodes)
-    lacking = {name: amount for name, amount in _sum(asked).items() if total.get(name, 0.0) < amount}
-    homeless = [
-        bundle
-        for bundle in bundles(spec)
-        if not any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes)
-    ]
-    if not lacking and not homeless:
-        return None
-    return (
-        f"The engine asks for {_show(_sum(asked))}"
-        + (f" in {len(asked)} parts of {_show(asked[0])}" if len(asked) > 1 else "")
-        + f"; the cluster has {_show(total)} in total"
-        + (f", its nodes {'; '.join(_show(node) for node in nodes)}" if len(nodes) > 1 else "")
-        + ". Ask for less (gpus, cpus, accelerator_type, tensor_parallel_size, replicas), or add nodes; on a cluster "
-        "that grows by itself, raise scale_up_timeout."
-    )
 
 
 def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say) -> EngineRef:
@@ -160,7 +68,7 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say) -> EngineR
     adopted = _settle(name, mark, replace, say)
     try:
         if not adopted:
-            say(f"deploying {name}: model {spec.model}, {_show(_sum(bundles(spec)))} per replica")
+            say(f"deploying {name}: model {spec.model}, {show(total(bundles(spec)))} per replica")
             _create(name, spec, labels, mark)
         _wait_until_running(name, spec, started, say)
     except BaseException:
@@ -356,19 +264,7 @@ def _settle(name: str, mark: str, replace: bool, say: Say) -> bool:
 def _create(name: str, spec: EngineSpec, labels: Labels, mark: str) -> None:
     from airflow_provider_raylm.cluster.lease import LeaseKeeper
 
-    config = llm_config(spec)
-    try:
-        from ray.serve.llm import build_llm_deployment
-
-        from airflow_provider_raylm.cluster.server import BlockLLMServer
-
-        engine = build_llm_deployment(
-            config, deployment_cls=BlockLLMServer, override_serve_options={"name": ENGINE_DEPLOYMENT}
-        )
-    except ImportError as error:
-        raise EngineError(_missing_package(error)) from error
-    except ValueError as error:
-        raise EngineError(f"The engine cannot be built: {error}") from error
+    engine = llm_deployment(spec)
     # The fingerprint is part of the deployment's name: status shows it without a call into a replica that may be
     # starting, busy or dead.
     keeper = serve.deployment(LeaseKeeper, name=f"{LEASE_DEPLOYMENT}-{mark}").options(
@@ -402,7 +298,7 @@ def _wait_until_running(name: str, spec: EngineSpec, started: float, say: Say) -
         if waited >= spec.deploy_timeout:
             raise EngineError(
                 f"The engine is not up after deploy_timeout ({spec.deploy_timeout:g} s). {message} Free now: "
-                f"{_show(ray.available_resources())}."
+                f"{show(ray.available_resources())}."
             )
         line = f"waiting for the engine: {_show_states(status)}" + (f"; {lacking}" if lacking else "")
         if line != said or time.monotonic() - said_at >= SAY_PERIOD_S:
@@ -467,37 +363,9 @@ def _node_totals() -> list[Bundle]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _sum(parts: list[Bundle]) -> Bundle:
-    total: Bundle = {}
-    for part in parts:
-        for name, amount in part.items():
-            total[name] = total.get(name, 0.0) + amount
-    return total
-
-
-def _show(resources: Bundle) -> str:
-    """Print the resources a reader asked for: CPUs, GPUs, accelerators; not Ray's bookkeeping."""
-    shown = []
-    for name in sorted(resources):
-        if name in ("CPU", "GPU"):
-            shown.append(f"{resources[name]:g} {name}")
-        elif name.startswith("accelerator_type:"):
-            shown.append(name.removeprefix("accelerator_type:"))
-    if "GPU" not in resources:
-        shown.append("0 GPU")
-    return ", ".join(shown)
-
-
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
     return lines[-1] if lines else ""
-
-
-def _missing_package(error: ImportError) -> str:
-    return (
-        f"The cluster's Python lacks a package ({error}). Its image needs ray[data,serve], vllm at the version that "
-        f"Ray {ray.__version__} pins, and jsonref (see the installation page)."
-    )
 
 
 def _vllm_version() -> str:

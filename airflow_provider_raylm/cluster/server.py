@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
@@ -25,6 +26,17 @@ from airflow_provider_raylm.errors import EngineError
 _ROW_ERROR_CODES = frozenset({400, 413, 422})
 _TOO_LONG = re.compile(r"context length|maximum model length|longer than the maximum|too many tokens", re.I)
 _ERROR_LINE = re.compile(r"\b(\w*(?:Error|Exception): .+)")
+
+
+class NothingToDownload(CallbackBase):
+    """For a model that lies on a path of the cluster.
+
+    Ray would start a process on every node of the engine that imports vLLM to find that there is nothing to download.
+    """
+
+    async def on_before_node_init(self) -> None:
+        """Leave that step out."""
+        self.ctx.run_init_node = False
 
 
 class BlockLLMServer(LLMServer):

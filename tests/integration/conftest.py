@@ -73,7 +73,15 @@ def offline(cluster, model, texts):
 @pytest.fixture(scope="session")
 def engine_spec(model):
     """The shared engine's spec."""
-    return {"name": "shared", "model": model, "served_name": "tiny", "gpus": 0, "engine_kwargs": ENGINE_KWARGS}
+    # Half a CPU on paper, so that a second engine and the pipelines fit beside it on two cores.
+    return {
+        "name": "shared",
+        "model": model,
+        "served_name": "tiny",
+        "gpus": 0,
+        "cpus": 0.5,
+        "engine_kwargs": ENGINE_KWARGS,
+    }
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
 """Deploying: adopt what is there, say why it cannot be, leave nothing behind."""
 
+import json
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 import airflow_provider_raylm.wire as wire
+from airflow_provider_raylm import local
 from airflow_provider_raylm.errors import ClusterError, EngineError
 from tests.conftest import REPOSITORY
 from tests.integration.conftest import LABELS
@@ -20,6 +23,13 @@ def deploy(cluster, spec, labels=OTHER, replace=False):
 def engines(cluster, installation="tests"):
     found = cluster.run("sweep", {"delete": [], "max_age": None, "installation": installation})["engines"]
     return [engine["application"] for engine in found]
+
+
+def engine_processes(cluster):
+    """Count vLLM's engine processes on this machine that belong to the cluster."""
+    head = json.loads((cluster.folder / "ray" / "cluster.json").read_text())["pid"]
+    names = [Path(f"/proc/{pid}/comm").read_text() for pid in local.session(head) if Path(f"/proc/{pid}").exists()]
+    return sum(name.startswith("VLLM::EngineCor") for name in names)
 
 
 def test_an_equal_engine_is_adopted_and_another_refused(cluster, engine, engine_spec):
@@ -54,6 +64,25 @@ def test_more_than_the_cluster_has(cluster, engine, engine_spec):
 
     assert time.monotonic() - started < 60
     assert engines(cluster) == [engine["application"]]
+
+
+def test_two_runs_have_an_engine_each(cluster, engine, engine_spec, source, tmp_path):
+    """Both up at a time; tearing one down leaves the other at work."""
+    other = deploy(cluster, engine_spec)
+    assert other["application"] != engine["application"]
+    assert sorted(engines(cluster)) == sorted([engine["application"], other["application"]])
+
+    def infer(ref, name):
+        batch = {"source": f"{source}/0.parquet", "prompt": "${text}", "max_tokens": 2, "output": str(tmp_path / name)}
+        return cluster.run("infer", {"engine": ref, "batch": batch})["rows_written"]
+
+    assert infer(other, "a") == infer(engine, "b") > 0
+    torn_down = cluster.run("teardown", {"application": other["application"]})
+    assert (torn_down["existed"], torn_down["resources_free"], torn_down["usage"]["tasks"]) == (True, True, 1)
+    assert engine_processes(cluster) == 1
+    assert infer(engine, "c") > 0
+    with pytest.raises(EngineError, match=r"is gone.*Clear the deploy task"):
+        infer(other, "d")
 
 
 def test_a_sweep_sees_only_its_own_installation(cluster, engine):

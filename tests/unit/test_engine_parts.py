@@ -2,8 +2,9 @@
 
 import pytest
 
-from airflow_provider_raylm.cluster.engine import bundles, root_cause, shortage
+from airflow_provider_raylm.cluster.engine import root_cause
 from airflow_provider_raylm.cluster.lease import expiry
+from airflow_provider_raylm.cluster.resources import bundles, shortage
 from airflow_provider_raylm.specs import EngineSpec, Lease
 
 GPU_NODE = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H100": 1.0, "memory": 1e9}
