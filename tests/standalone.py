@@ -105,7 +105,9 @@ def standalone(home: Path, dags: Path, environ: Mapping[str, str]) -> Iterator[A
         "AIRFLOW__API__WORKERS": "1",
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(PORT + 1),
         "AIRFLOW__TRIGGERER__TRIGGER_LOG_SERVER_PORT": str(PORT + 2),
-        "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+        # On a machine that is busy with an engine a late scheduler is not a dead one, whose tasks would be reset.
+        "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "300",
+        "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3600",
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
         **environ,
     }

@@ -4,6 +4,7 @@ Ends with one line and status 0, or names the step that failed. Nothing is left 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -120,16 +121,17 @@ def engines_started(cluster: Cluster) -> int:
 def main() -> int:
     """Run the demo; return the exit status."""
     started = time.monotonic()
-    model, source = BUILD / "model", BUILD / "input"
+    model, source, home = BUILD / "model", BUILD / "input", BUILD / "airflow"
+    shutil.rmtree(home, ignore_errors=True)
     try:
         with ExitStack() as stack:
             with step("make the model and the input, start Ray and Airflow"), ThreadPoolExecutor() as pool:
                 # Training takes one core: the other one starts what is needed afterwards.
                 trained = pool.submit(make_model, model)
-                data.write_inputs(source, reviews_count=1000)
+                data.write_inputs(source, review_count=400)
                 cluster = stack.enter_context(ray_cluster())
                 environ = {"AIRFLOW_CONN_RAYLM_DEFAULT": cluster.connection_uri()}
-                airflow = stack.enter_context(standalone(cluster.folder / "airflow", REPOSITORY / "dags", environ))
+                airflow = stack.enter_context(standalone(home, REPOSITORY / "dags", environ))
                 trained.result()
             with step(f"run {DAG} through Airflow"):
                 results = run_dag(airflow, cluster, model, source)
