@@ -18,11 +18,13 @@ from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient
 _PORTS = iter(range(28265, 28300))
 
 # What vLLM on CPUs needs on a small machine without a network: threads that spin while they wait, or are bound to the
-# same cores as another engine's, starve the other processes.
+# same cores as another engine's, starve the other processes; and Ray runs its workers at niceness 15, which puts the
+# engine behind whatever else the machine does.
 ENGINE_ENVIRON = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
+    "RAY_worker_niceness": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
