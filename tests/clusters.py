@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import shutil
 import tempfile
 import time
@@ -70,6 +71,19 @@ class Cluster:
     def run(self, verb, payload, **kwargs):
         """Run a job to its end and return its result; its error is raised."""
         return self.finish(self.start(verb, payload, **kwargs), **kwargs)[0]
+
+    def run_script(self, script, *arguments, timeout=300):
+        """Run a script as a Ray job of its own, through Ray's own client, and return its log."""
+        from ray.job_submission import JobSubmissionClient
+
+        client = JobSubmissionClient(self.url, headers={"Authorization": f"Bearer {self.token}"})
+        job = client.submit_job(entrypoint=shlex.join(["python", str(script), *map(str, arguments)]))
+        deadline = time.monotonic() + timeout
+        while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
+            time.sleep(1)
+        log = client.get_job_logs(job)
+        assert client.get_job_status(job) == "SUCCEEDED", log[-3000:]
+        return log
 
 
 @contextmanager

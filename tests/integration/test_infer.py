@@ -1,7 +1,6 @@
 """Inference through the shared engine: the right answer on every row, and every row accounted for."""
 
 import json
-import time
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -186,24 +185,9 @@ def test_progress_is_said_without_noise(cluster, engine, source, tmp_path):
 
 def test_the_stock_stage_works_on_the_engine(cluster, engine, source, offline, texts, tmp_path):
     """It is an ordinary Serve deployment: Ray's own processor finds it by application and deployment name."""
-    from ray.job_submission import JobSubmissionClient
-
     script = REPOSITORY / "tests" / "integration" / "stock_stage.py"
-    client = JobSubmissionClient(cluster.url, headers={"Authorization": f"Bearer {cluster.token}"})
-    arguments = [
-        engine["deployment"],
-        engine["application"],
-        engine["model"],
-        f"{source}/0.parquet",
-        str(tmp_path),
-        str(MAX_TOKENS),
-    ]
-    job = client.submit_job(entrypoint=f"python {script} {' '.join(arguments)}")
-    deadline = time.monotonic() + 300
-    while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
-        time.sleep(1)
-    log = client.get_job_logs(job)
-    assert client.get_job_status(job) == "SUCCEEDED", log[-3000:]
+    where = [engine["deployment"], engine["application"], engine["model"]]
+    cluster.run_script(script, *where, f"{source}/0.parquet", tmp_path, MAX_TOKENS)
 
     rows = [json.loads(line) for line in (tmp_path / "stock.jsonl").read_text().splitlines()]
     expected = dict(zip(texts, offline["prompts"], strict=True))
