@@ -2,8 +2,10 @@
 
 import pytest
 from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import conf
 
 from airflow_provider_raylm.errors import EngineError
+from airflow_provider_raylm.ray_jobs import JobRequest
 from airflow_provider_raylm.testing import FakeRayJobs
 from tests.conftest import DAGS
 
@@ -85,6 +87,21 @@ def test_each_partition_gets_its_task(dagbag):
 
     outputs = {request.payload["batch"]["output"] for request in fake.submitted if request.verb == "infer"}
     assert outputs == {f"s3://out/reviews/region={region}" for region in ("eu", "us", "apac")}
+
+
+def test_a_sweep_deletes_what_outlived_its_run(dagbag):
+    """An engine whose run is deleted goes; another installation's is not even seen."""
+    fake = FakeRayJobs()
+    here = str(conf.get("api", "base_url", fallback=None) or "http://localhost:8080")
+    for installation in (here, "elsewhere"):
+        labels = {"installation": installation, "dag_id": "gone", "run_id": "gone", "engine": "e"}
+        payload = {"engine": {"name": "e", "model": "m"}, "labels": labels, "replace": False}
+        assert fake.submit(JobRequest(installation, "deploy", payload))
+    ours, theirs = fake.engines
+
+    assert run(dagbag, "raylm_sweep_engines", fake).state == "success"
+    assert list(fake.engines) == [theirs]
+    assert fake.submitted[-1].payload["delete"] == [ours]
 
 
 def test_an_engine_is_torn_down_after_all_that_use_it(dagbag):
