@@ -8,7 +8,7 @@ UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(VENV)/tools/bin/uv
 # CPU builds of torch come from the find-links folder if there is one, else from PyTorch's own index.
 TORCH := $(if $(PIP_FIND_LINKS),,--torch-backend=cpu)
 
-.PHONY: venv check test unit demo clean
+.PHONY: venv check test unit demo bench clean
 
 venv: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ test: venv
 
 demo: venv
 	$(RUN)/python -m tests.demo
+
+# QUICK=1 ends in less than ten minutes; ONLY="short prefix" names workloads.
+bench: venv
+	$(RUN)/python -m tests.benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) build dist

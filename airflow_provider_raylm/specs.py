@@ -128,6 +128,9 @@ class EngineSpec(Value):
         1024, ge=1, description="Handle calls one replica accepts at a time; a call carries a block of rows."
     )
     env: dict[str, str] = Field(default_factory=dict, description="Environment of the replicas.")
+    log_engine_metrics: bool = Field(
+        False, description="Publish vLLM's metrics on Ray's Prometheus port; costs throughput (see performance)."
+    )
     deploy_timeout: float = Field(1800, gt=0, description="Seconds until the engine must be up.")
     scale_up_timeout: float = Field(
         30, ge=0, description="Seconds a cluster that is too small in total gets to grow before the deploy fails."
@@ -157,6 +160,11 @@ class EngineSpec(Value):
         elif self.replicas < 1:
             raise ValueError("replicas: at least 1")
         return self
+
+    @property
+    def max_replicas(self) -> int:
+        """Number of replicas, at most."""
+        return self.replicas[1] if isinstance(self.replicas, tuple) else self.replicas
 
     @property
     def served_model_name(self) -> str:
@@ -280,11 +288,18 @@ class BatchSpec(Step):
     quarantine: str | None = Field(None, description="Folder of failed rows; default: _quarantine in output.")
     error_budget: float = Field(0.05, ge=0, le=1, description="Share of the rows that may fail.")
     block_rows: int = Field(256, ge=1, description="Rows per block: sent, answered and written together.")
-    in_flight_rows: int = Field(2048, ge=1, description="Rows on their way at a time; rounded up to blocks.")
+    in_flight_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Rows on their way at a time, rounded up to blocks; default: twice what the engine works on.",
+    )
     request_timeout: float = Field(600, gt=0, description="Seconds per row in the engine; then it fails.")
+    deduplicate: bool = Field(
+        False, description="Ask rows with the same question once; needs temperature 0, where the answers are the same."
+    )
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"overwrite", "error_budget", "block_rows", "in_flight_rows", "request_timeout"}
+        {"overwrite", "error_budget", "block_rows", "in_flight_rows", "request_timeout", "deduplicate"}
     )
 
     @model_validator(mode="after")
@@ -298,6 +313,8 @@ class BatchSpec(Step):
             if step.output_column in produced:
                 raise ValueError(f"steps: output_column {step.output_column!r} appears twice")
             produced.add(step.output_column)
+        if self.deduplicate and any(step.temperature != 0 for step in self.all_steps):
+            raise ValueError("deduplicate: needs temperature 0 in every step; sampled answers differ from row to row")
         for field in ("preprocess", "postprocess"):
             path = getattr(self, field)
             if path is not None and not re.fullmatch(r"[\w.]+:\w+", path):
@@ -353,6 +370,7 @@ class EngineRef(Value):
     fingerprint: str
     labels: Labels
     lease: Lease
+    replicas: int = Field(1, description="Replicas of the engine, at most.")
     dashboard_url: str = ""
     adopted: bool = Field(False, description="True when it was already running.")
     ray_version: str = ""

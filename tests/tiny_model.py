@@ -14,10 +14,11 @@ _CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+def make_tiny_model(folder: Path, *, context_length: int = CONTEXT_LENGTH, **shape: int) -> Path:
     """Save the model and a byte-level BPE tokenizer to *folder*, unless they are there; return the folder.
 
-    Two layers of width 64, a vocabulary of at most 1,000, float32, a context of 512 tokens.
+    Two layers of width 64, a vocabulary of at most 1,000, float32, a context of 512 tokens; *shape* overrides what
+    transformers' Qwen2Config knows of the first two.
     """
     if (folder / "tokenizer_config.json").exists():
         return folder
@@ -26,16 +27,19 @@ def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(), eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.chat_template = _CHAT_TEMPLATE
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
         # A head of 32: vLLM's CPU attention knows no smaller one.
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT_LENGTH,
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            **shape,
+        },
+        max_position_embeddings=context_length,
         tie_word_embeddings=True,
         # Larger than usual, so that random logits lie apart and greedy answers depend on the prompt.
         initializer_range=0.3,

@@ -86,6 +86,7 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say) -> EngineR
         fingerprint=mark,
         labels=labels,
         lease=spec.lease,
+        replicas=spec.max_replicas,
         adopted=adopted,
         ray_version=ray.__version__,
         vllm_version=_vllm_version(),

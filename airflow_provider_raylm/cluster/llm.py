@@ -36,6 +36,9 @@ def llm_config(spec: EngineSpec) -> Any:
             **({"tokenizer_source": spec.tokenizer} if spec.tokenizer else {}),
         },
         engine_kwargs={
+            # Ray starts every engine with vLLM's sizes for an API server; this one only does batch work.
+            "performance_mode": "throughput",
+            "disable_log_stats": not spec.log_engine_metrics,
             **spec.engine_kwargs,
             "tensor_parallel_size": spec.tensor_parallel_size,
             "pipeline_parallel_size": spec.pipeline_parallel_size,
@@ -57,7 +60,7 @@ def llm_config(spec: EngineSpec) -> Any:
         },
         runtime_env={"env_vars": dict(spec.env)},
         **(on_a_path if spec.model.startswith("/") else {}),
-        log_engine_metrics=not spec.engine_kwargs.get("disable_log_stats", False),
+        log_engine_metrics=spec.log_engine_metrics,
     )
 
 

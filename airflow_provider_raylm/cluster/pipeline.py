@@ -1,6 +1,8 @@
 """One inference task: source → blocks of rows → engine → files, as a Ray Data pipeline.
 
-Two operators: tasks that read blocks, and one actor that asks and writes. The driver only counts.
+One operator: an actor that reads, asks and writes. Reading by Ray Data's own read tasks would start two more processes
+per job (5 CPU seconds each) and carry every row through the object store, for files that one thread reads faster than
+any engine answers. The driver only counts.
 """
 
 from __future__ import annotations
@@ -8,9 +10,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -20,34 +25,34 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from airflow_provider_raylm.cluster import engine
 from airflow_provider_raylm.cluster.report import Tally, count_block
-from airflow_provider_raylm.cluster.sinks import Output, task_fingerprint
+from airflow_provider_raylm.cluster.sinks import Output, checksum, task_fingerprint
 from airflow_provider_raylm.cluster.source import (
     ROW_ID,
-    SMALLEST_BLOCK,
-    RowSource,
     SourceFile,
     check_columns,
     check_ids,
     columns_to_read,
     count_rows,
     list_files,
+    read_blocks,
     schema_of,
-    unpack,
 )
-from airflow_provider_raylm.cluster.stage import BlockAnswerer, through_handle
-from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.cluster.stage import BlockAnswerer, once, through_handle
+from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef
 
 HEARTBEAT_PERIOD_S = 10.0
 SAY_PERIOD_S = 30.0
 
-# Reading is short work and asking is waiting: fractions let both run beside an engine that holds most CPUs.
-READ_CPUS = 0.1
-READ_TASKS = 2
-ASK_CPUS = 0.1
+# The stage waits most of the time: a fraction lets it run beside an engine that holds most CPUs.
+STAGE_CPUS = 0.1
 CPU_WAIT_S = 120.0
+CAPACITY_TIMEOUT_S = 60.0
+LEAST_BLOCKS_IN_FLIGHT = 4
 
 Say = Callable[[str], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
@@ -70,19 +75,19 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
         return _nothing_to_do(finished)
     done = output.answers.row_ids()
     rows_known = count_rows(files)
-    tally = Tally(total=rows_known - len(done) if rows_known is not None else None)
+    tally = Tally(total=rows_known - len(done) if rows_known is not None else None, ids=checksum([done]))
     say(f"{len(files)} files, {tally.total if tally.total is not None else 'unknown'} rows to answer")
     if len(done):
         say(f"{len(done)} rows are there from an earlier attempt")
     with engine.explained(ref.application), _heartbeat(ref.application, tally, started, say):
         _require_cpus()
-        for block in _blocks(spec, ref, mark, RowSource(files, spec, columns_to_read(spec, columns), done)):
+        for block in _blocks(spec, ref, mark, files, columns_to_read(spec, columns), done):
             tally.add(block)
     if tally.total is not None and tally.rows != tally.total:
         raise BatchError(f"{tally.rows} rows were answered, but {tally.total} were to be; the output is not complete.")
     report = _report(spec, ref, mark, tally, len(done), time.monotonic() - started)
     _require_budget(spec, report)
-    output.finish(report, _empty_schema(spec, columns))
+    output.finish(report, tally.ids, _empty_schema(spec, columns))
     engine.record(ref.application, report)
     say(tally.line(time.monotonic() - started))
     return report
@@ -116,46 +121,75 @@ def _report(spec: BatchSpec, ref: EngineRef, mark: str, tally: Tally, already_do
     )
 
 
-def _blocks(spec: BatchSpec, ref: EngineRef, mark: str, source: RowSource) -> Iterator[dict[str, Any]]:
+def _blocks(
+    spec: BatchSpec, ref: EngineRef, mark: str, files: list[SourceFile], columns: list[str] | None, done: pa.Array
+) -> Iterator[dict[str, Any]]:
     """Yield the counts of each block as it is written."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = SMALLEST_BLOCK
+    # Ray Data gathers what a task yields up to this size: hand each block's counts on at once.
+    context.target_max_block_size = 1
     context.raise_original_map_exception = True
-    in_flight = math.ceil(spec.in_flight_rows / spec.block_rows)
-    blocks = ray.data.read_datasource(
-        source, num_cpus=READ_CPUS, concurrency=READ_TASKS, override_num_blocks=len(source.files)
-    )
-    counts = blocks.map_batches(
+    # from_items makes its blocks here; from_arrow would start a worker process to look at one.
+    numbers = ray.data.from_items([{"file": file.number} for file in files], override_num_blocks=1)
+    counts = numbers.map_batches(
         AnswerAndWrite,
-        fn_constructor_args=(spec.model_dump(mode="json"), ref.model_dump(mode="json"), mark),
+        fn_constructor_args=(spec.model_dump(mode="json"), ref.model_dump(mode="json"), mark, files, columns, done),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            size=1,
-            max_tasks_in_flight_per_actor=in_flight + 2,
-            max_concurrent_calls_per_actor=in_flight,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=ASK_CPUS,
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=STAGE_CPUS,
     )
     yield from counts.iter_rows()
+
+
+def window(in_flight_rows: int | None, block_rows: int, capacity: int) -> int:
+    """Return how many blocks may be on their way at a time.
+
+    By default twice what the engine works on at a time: while one half is worked on the other waits in the engine's
+    own queue, so that the way there and back is never waited for; more would only wait longer. Few big blocks end
+    together and would drain the engine, so there are at least four.
+
+    Args:
+        in_flight_rows: the author's own choice in rows, or None.
+        block_rows: rows per block.
+        capacity: requests that all replicas work on at a time.
+    """
+    if in_flight_rows is not None:
+        return math.ceil(in_flight_rows / block_rows)
+    return max(math.ceil(2 * capacity / block_rows), LEAST_BLOCKS_IN_FLIGHT)
 
 
 class AnswerAndWrite:
     """The stage's actor: a block is written in the thread that got its answers, so an answer is safe at once."""
 
-    def __init__(self, spec: dict[str, Any], ref: dict[str, Any], mark: str) -> None:
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        ref: dict[str, Any],
+        mark: str,
+        files: list[SourceFile],
+        columns: list[str] | None,
+        done: pa.Array,
+    ) -> None:
         task = BatchSpec.model_validate(spec)
         to = EngineRef.model_validate(ref)
         handle = serve.get_deployment_handle(to.deployment, to.application)
-        self._answerer = BlockAnswerer(task, to.model, through_handle(handle, task.request_timeout))
+        self._window = window(task.in_flight_rows, task.block_rows, to.replicas * _capacity(handle))
+        ask = through_handle(handle, task.request_timeout)
+        self._answerer = BlockAnswerer(task, to.model, once(ask) if task.deduplicate else ask)
         self._output = Output(task, mark)
+        self._read = partial(
+            read_blocks, columns=columns, id_column=task.id_column, block_rows=task.block_rows, done=done
+        )
+        self._files = {file.number: file for file in files}
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Answer and write packed blocks; return their counts, a row for each."""
-        return pa.Table.from_pylist([self._block(block) for block in unpack(table)], schema=_COUNTS)
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Read, answer and write the files that *table* names; yield each block's counts, in the source's order."""
+        files = [self._files[number] for number in table["file"].to_pylist()]
+        for counts in in_order(self._block, self._read(files), self._window):
+            yield pa.Table.from_pylist([counts], schema=_COUNTS)
 
     def _block(self, block: pa.Table) -> dict[str, Any]:
         answered, failed = self._answerer.answer(block)
@@ -166,8 +200,47 @@ class AnswerAndWrite:
         return count_block(answered, failed)
 
 
+def _capacity(handle: Any) -> int:
+    try:
+        return int(handle.capacity.remote().result(timeout_s=CAPACITY_TIMEOUT_S))
+    except TimeoutError:
+        raise EngineError(f"the engine does not answer ({CAPACITY_TIMEOUT_S:g} s)") from None
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], at_a_time: int) -> Iterator[Result]:
+    """Yield ``work(item)`` for all items in their order, while up to *at_a_time* are being worked on.
+
+    A slow one delays only what is yielded, not the work on the others. The first error ends it: what has been begun is
+    finished, nothing more is begun.
+    """
+    waiting: deque[Future[Result]] = deque()
+    free = threading.Semaphore(at_a_time)
+    failed: list[Future[Result]] = []
+
+    def over(future: Future[Result]) -> None:
+        if future.exception() is not None:
+            failed.append(future)
+        free.release()
+
+    with ThreadPoolExecutor(at_a_time, thread_name_prefix="raylm-block") as pool:
+        for item in items:
+            free.acquire()
+            if failed:
+                break
+            future = pool.submit(work, item)
+            future.add_done_callback(over)
+            waiting.append(future)
+            while waiting and waiting[0].done() and not failed:
+                yield waiting.popleft().result()
+        while waiting and not failed:
+            yield waiting.popleft().result()
+    if failed:
+        failed[0].result()
+
+
 _COUNTS = pa.schema(
     [
+        ("ids", pa.uint64()),
         ("written", pa.int64()),
         ("prompt_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
@@ -213,11 +286,10 @@ def _require_cpus() -> None:
         BatchError: they are not free after two minutes.
     """
     end = time.monotonic() + CPU_WAIT_S
-    needed = READ_CPUS * READ_TASKS + ASK_CPUS
-    while (free := ray.available_resources().get("CPU", 0.0)) < needed:
+    while (free := ray.available_resources().get("CPU", 0.0)) < STAGE_CPUS:
         if time.monotonic() >= end:
             raise BatchError(
-                f"the pipeline needs {needed:g} CPUs beside the engine; {free:g} of "
+                f"the pipeline needs {STAGE_CPUS:g} CPUs beside the engine; {free:g} of "
                 f"{ray.cluster_resources().get('CPU', 0.0):g} are free. Give the engine fewer CPUs, or add a node."
             )
         time.sleep(1)

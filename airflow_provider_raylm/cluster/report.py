@@ -8,12 +8,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from airflow_provider_raylm.cluster.sinks import checksum
+from airflow_provider_raylm.cluster.source import ROW_ID
 from airflow_provider_raylm.cluster.stage import COMPLETION_TOKENS, PROMPT_TOKENS, REASON
 
 
 def count_block(answered: pa.Table, failed: pa.Table) -> dict[str, Any]:
     """Return one block's counts; ``failures`` as a list of [reason, rows], which Arrow can carry for any reason."""
     return {
+        "ids": checksum([*answered[ROW_ID].chunks, *failed[ROW_ID].chunks]),
         "written": answered.num_rows,
         "prompt_tokens": sum(answered[PROMPT_TOKENS].to_pylist()),
         "completion_tokens": sum(answered[COMPLETION_TOKENS].to_pylist()),
@@ -27,9 +30,11 @@ class Tally:
 
     Attributes:
         total: rows to answer in this run, when the source tells it.
+        ids: checksum of the ids of the rows so far; begins with that of the rows that were there.
     """
 
     total: int | None
+    ids: int = 0
     written: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -37,6 +42,7 @@ class Tally:
 
     def add(self, block: dict[str, Any]) -> None:
         """Add what ``count_block`` returned."""
+        self.ids = (self.ids + block["ids"]) % 2**64
         self.written += block["written"]
         self.prompt_tokens += block["prompt_tokens"]
         self.completion_tokens += block["completion_tokens"]

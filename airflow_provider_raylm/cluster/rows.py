@@ -17,18 +17,17 @@ if TYPE_CHECKING:
 _TOKEN = re.compile(r"\$\$\{|\$\{([^{}]+)\}")
 
 Row = Mapping[str, Any]
+Content = str | list[dict[str, str]]
+"""What differs from row to row in a request: a prompt, or the messages of a chat."""
 
 
 class RowError(Exception):
-    """One row cannot be asked or was refused; the others go on.
+    """One row cannot be asked; the others go on. Its arguments are those of a ``Refusal``."""
 
-    Attributes:
-        reason: a short class of failure, stable enough to count and to filter by.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+    @property
+    def refusal(self) -> Refusal:
+        """The reason as a value."""
+        return Refusal(*self.args)
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,19 @@ class Answer:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a row has no answer.
+
+    Attributes:
+        reason: a short class of failure, stable enough to count and to filter by.
+        message: the whole sentence.
+    """
+
+    reason: str
+    message: str
 
 
 def placeholders(template: str) -> list[str]:
@@ -90,31 +102,27 @@ def _as_text(name: str, value: Any) -> str:
     return str(value)
 
 
-def compile_step(step: Step, model: str) -> Callable[[Row], str]:
-    """Return a function that turns a row into one OpenAI request as JSON text.
+def shared_fields(step: Step, model: str) -> str:
+    """Return what the OpenAI requests of all rows share, as JSON text."""
+    return json.dumps({"model": model, **step.request_fields})
 
-    JSON text, because rows as structs would be merged into one Arrow type: one row's extra key would turn up as
-    null in all the others.
+
+def compile_step(step: Step) -> Callable[[Row], Content]:
+    """Return a function that renders what is a row's own in its request.
 
     Raises (the returned function):
         RowError: a null value, or a prompt (every message) without content (``empty_prompt``).
     """
-    fields = {"model": model, **step.request_fields}
     if step.prompt is not None:
         prompt = compile_template(step.prompt)
-
-        def completion(row: Row) -> str:
-            return json.dumps({**fields, "prompt": _not_empty([prompt(row)])[0]})
-
-        return completion
+        return lambda row: _not_empty([prompt(row)])[0]
 
     roles = [message["role"] for message in step.messages or ()]
     contents = [compile_template(message["content"]) for message in step.messages or ()]
 
-    def chat(row: Row) -> str:
+    def chat(row: Row) -> list[dict[str, str]]:
         texts = _not_empty([content(row) for content in contents])
-        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-        return json.dumps({**fields, "messages": messages})
+        return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
 
     return chat
 

@@ -1,7 +1,8 @@
 """The deployment that answers blocks of rows: Ray's own LLM server plus one method.
 
-One handle call per row costs more than a small model's answer. ``run_block`` takes many requests in one call and
-streams each answer back as it is ready; inside, every row is an ordinary vLLM request, so the engine batches them.
+One handle call per row costs more than a small model's answer, and so does vLLM's OpenAI layer: it validates a request
+and builds a response per row. ``run_block`` validates what the rows of a block share once; per row it uses vLLM's own
+renderer and asks the engine below that layer. Inside, every row is an ordinary vLLM request, so the engine batches.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pydantic import ValidationError
 from ray.llm._internal.common.callbacks.base import CallbackBase
@@ -20,6 +24,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal
 from airflow_provider_raylm.errors import EngineError
 
 # The only codes that speak of one row: bad request, too large, unprocessable. Any other is the engine's trouble.
@@ -57,73 +62,93 @@ class BlockLLMServer(LLMServer):
                 # vLLM's engine process dies with its reason printed, not raised.
                 reason = _last_error(log_starts) or reason
             raise EngineError(reason) from None
-        self._requests = 0
 
-    async def run_block(self, requests: list[str], timeout: float) -> AsyncIterator[list[str]]:
-        """Answer *requests* (OpenAI requests as JSON text) and yield outcomes as they finish.
+    async def capacity(self) -> int:
+        """Return how many requests this replica's engine works on at a time, at most (vLLM's ``max_num_seqs``)."""
+        return int(self.engine._engine_client.vllm_config.scheduler_config.max_num_seqs)
 
-        An outcome is JSON text: ``{"index", "text", "finish_reason", "prompt_tokens", "completion_tokens"}``, or
-        ``{"index", "reason", "message"}`` for a row that was refused or took longer than *timeout* seconds. Outcomes
-        that are ready together are yielded together. Ending the iteration early aborts what is still running.
+    async def run_block(self, fields: str, contents: list[Content], timeout: float) -> list[Answer | Refusal]:
+        """Answer one request per element of *contents*, in their order.
+
+        A row that was refused, or took longer than *timeout* seconds, is a ``Refusal``. Cancelling the call aborts
+        what is still running.
+
+        Args:
+            fields: what the requests share: an OpenAI request as JSON text, without prompt or messages.
+            contents: a prompt (completion request) or messages (chat request) for each row.
+            timeout: seconds.
 
         Raises:
             EngineError: the engine failed in a way that is not one row's fault.
         """
-        finished: asyncio.Queue[asyncio.Task[str]] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._answer(i, text, timeout)) for i, text in enumerate(requests)]
-        for task in tasks:
-            task.add_done_callback(finished.put_nowait)
         try:
-            left = len(tasks)
-            while left:
-                ready = [(await finished.get()).result()]
-                while not finished.empty():
-                    ready.append(finished.get_nowait().result())
-                left -= len(ready)
-                yield ready
+            question = self._question(json.loads(fields), chat=not isinstance(contents[0], str))
+        except Exception as error:
+            return [self._refusal(error)] * len(contents)
+        if question.tokenize is not None:
+            contents = await asyncio.to_thread(question.tokenize, contents)
+        block = uuid4().hex
+        tasks = [asyncio.create_task(self._answer(question, f"{block}-{i}", row)) for i, row in enumerate(contents)]
+        try:
+            _, late = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+            for task in tasks:
+                if task not in late:
+                    task.result()
+            too_late = Refusal("timeout", f"no answer within {timeout:g} s")
+            return [too_late if task in late else task.result() for task in tasks]
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _answer(self, index: int, text: str, timeout: float) -> str:
+    def _question(self, fields: dict[str, Any], chat: bool) -> _Question:
+        if chat:
+            serving = self.engine._oai_serving_chat
+            request = ChatCompletionRequest(messages=[{"role": "user", "content": "."}], **fields)
+            render = serving.render_chat_request
+        else:
+            serving = self.engine._oai_serving_completion
+            request = CompletionRequest(prompt=".", **fields)
+            render = serving.render_completion_request
+        return _Question(
+            request,
+            field="messages" if chat else "prompt",
+            tokenize=None if chat else partial(_token_ids, serving.renderer.tokenizer, request.add_special_tokens),
+            render=render,
+            sampling=request.to_sampling_params(request.max_tokens, serving.default_sampling_params),
+            read=_reader(serving, request, chat),
+        )
+
+    async def _answer(self, question: _Question, request_id: str, content: Content) -> Answer | Refusal:
         try:
-            async with asyncio.timeout(timeout):
-                outcome = await self._ask(json.loads(text))
-        except TimeoutError:
-            outcome = {"reason": "timeout", "message": f"no answer within {timeout:g} s"}
-        except ValidationError as error:
+            rendered = await question.render(question.request.model_copy(update={question.field: content}))
+        except Exception as error:
+            return self._refusal(error)
+        # By shape: vLLM moves the class of its error answers between versions.
+        if hasattr(rendered, "error"):
+            return _refusal_of(rendered.error)
+        # A chat is rendered to (conversation, inputs), a completion to inputs.
+        (inputs,) = rendered[1] if isinstance(rendered, tuple) else rendered
+        try:
+            stream = self.engine._engine_client.generate(inputs, question.sampling, request_id)
+            outputs = [one async for one in stream]
+        except Exception as error:
+            return self._refusal(error)
+        # The sampling parameters ask for one answer, when it is complete.
+        (output,) = outputs
+        (answer,) = output.outputs
+        if answer.finish_reason == "error":
+            raise EngineError("the engine gave a request up with finish_reason 'error'")
+        text = question.read(answer.text, answer.token_ids)
+        prompt_tokens = len(output.prompt_token_ids or ())
+        return Answer(text, answer.finish_reason or "", prompt_tokens, len(answer.token_ids))
+
+    def _refusal(self, error: Exception) -> Refusal:
+        """Return an error as one row's refusal, by vLLM's own judgement; raise EngineError when it is not."""
+        if isinstance(error, ValidationError):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            outcome = {"reason": "invalid_request", "message": f"{where}: {first['msg']}"}
-        except EngineError:
-            raise
-        except Exception as error:
-            # As an error of this package: the caller has no vllm to unpickle vLLM's own.
-            raise EngineError(f"the engine failed: {type(error).__name__}: {error}") from None
-        self._requests += 1
-        return json.dumps({"index": index, **outcome})
-
-    async def _ask(self, fields: dict[str, Any]) -> dict[str, Any]:
-        # Straight to the engine: LLMServer.chat would stamp the handle call's request id on every row of the block.
-        if "messages" in fields:
-            stream = self.engine.chat(ChatCompletionRequest.model_validate(fields), None)
-        else:
-            stream = self.engine.completions(CompletionRequest.model_validate(fields), None)
-        response = await anext(stream)
-        # By shape: the engine answers with a base class of the one that ray.serve.llm exports.
-        error = getattr(response, "error", None)
-        if error is not None:
-            if error.code not in _ROW_ERROR_CODES:
-                raise EngineError(f"the engine answered {error.code} {error.type}: {error.message}")
-            reason = "prompt_too_long" if _TOO_LONG.search(error.message) else "invalid_request"
-            return {"reason": reason, "message": error.message}
-        choice = response.choices[0]
-        return {
-            "text": (choice.message.content if "messages" in fields else choice.text) or "",
-            "finish_reason": choice.finish_reason or "",
-            "prompt_tokens": response.usage.prompt_tokens,
-            "completion_tokens": response.usage.completion_tokens,
-        }
+            return Refusal("invalid_request", f"{where}: {first['msg']}")
+        return _refusal_of(self.engine._oai_serving_completion.create_error_response(error).error)
 
     async def __del__(self) -> None:
         """End the engine's processes; Serve calls this when the replica stops in good order."""
@@ -131,6 +156,62 @@ class BlockLLMServer(LLMServer):
         if client is not None:
             client.shutdown()
         await super().__del__()
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What the rows of a block share, in vLLM's terms.
+
+    Attributes:
+        request: the OpenAI request; a row's differs in one field.
+        field: that field.
+        tokenize: from a block of prompts to token ids in one go, which a chat's template leaves no room for.
+        render: from a request to the engine's inputs, by chat template and tokenizer.
+        sampling: vLLM's sampling parameters.
+        read: from (text, token ids) of an answer to the text that the row gets.
+    """
+
+    request: Any
+    field: str
+    tokenize: Callable[[list[Any]], list[Any]] | None
+    render: Callable[[Any], Awaitable[Any]]
+    sampling: Any
+    read: Callable[[str, Any], str]
+
+
+def _token_ids(tokenizer: Any, add_special_tokens: bool, prompts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(prompts, add_special_tokens=add_special_tokens)["input_ids"]
+    return ids
+
+
+def _reader(serving: Any, request: Any, chat: bool) -> Callable[[str, Any], str]:
+    """Return what turns an answer's text into a row's: the engine's reasoning or tool parser, when it has one."""
+    if not chat or serving.parser_cls is None:
+        return lambda text, tokens: text
+
+    def read(text: str, tokens: Any) -> str:
+        parser = serving.parser_cls(
+            serving.renderer.tokenizer,
+            request.tools,
+            chat_template_kwargs=serving._effective_chat_template_kwargs(request),
+            model_config=serving.model_config,
+        )
+        _, content, _ = parser.parse(text, request, enable_auto_tools=False, model_output_token_ids=tokens)
+        return content or ""
+
+    return read
+
+
+def _refusal_of(error: Any) -> Refusal:
+    """Return vLLM's error answer as one row's refusal.
+
+    Raises:
+        EngineError: it was not the row's fault.
+    """
+    if error.code not in _ROW_ERROR_CODES:
+        # As an error of this package: the caller has no vllm to unpickle vLLM's own.
+        raise EngineError(f"the engine answered {error.code} {error.type}: {error.message}")
+    return Refusal("prompt_too_long" if _TOO_LONG.search(error.message) else "invalid_request", error.message)
 
 
 def _reason(error: BaseException) -> str:

@@ -8,14 +8,16 @@ question about the same input.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from pandas.util import hash_array
 
 from airflow_provider_raylm.cluster.source import ROW_ID, SourceFile
 from airflow_provider_raylm.errors import BatchError
@@ -30,6 +32,15 @@ def task_fingerprint(spec: BatchSpec, engine: str, files: list[SourceFile]) -> s
     """Return 12 hex digits of what is asked, of which engine (its fingerprint), and about which exact input."""
     content = [fingerprint(spec), engine, sorted((file.uri, file.version) for file in files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def checksum(ids: Iterable[pa.Array]) -> int:
+    """Return a sum over ids, the same in any order: two lists of ids have the same one only if they are equal.
+
+    The sum of 64-bit hashes, modulo 2**64, takes no memory that grows with the rows; a set of a million ids does.
+    """
+    total = sum(int(hash_array(chunk.to_numpy(zero_copy_only=False), categorize=False).sum()) for chunk in ids)
+    return total % 2**64
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,10 @@ class Folder:
 
     def row_ids(self) -> pa.Array:
         """Return the ids of all rows in the folder."""
-        return pa.chunked_array(list(self._id_chunks()), pa.string()).combine_chunks()
+        return pa.chunked_array(list(self.id_chunks()), pa.string()).combine_chunks()
 
-    def _id_chunks(self) -> Iterator[pa.Array]:
+    def id_chunks(self) -> Iterator[pa.Array]:
+        """Yield the ids of all rows in the folder, file by file."""
         fs, _ = url_to_fs(self.uri)
         for path in self.parts():
             with fs.open(path, "rb") as stream:
@@ -140,11 +152,12 @@ class Output:
         self._write_manifest(None)
         return None
 
-    def finish(self, report: BatchReport, empty: pa.Schema) -> None:
+    def finish(self, report: BatchReport, ids: int, empty: pa.Schema) -> None:
         """Check that every row is there exactly once and write the manifest.
 
         Args:
             report: what the task counted.
+            ids: checksum of the ids of all rows that were read, by this attempt and by earlier ones.
             empty: schema of the file that stands for an output without rows.
 
         Raises:
@@ -152,12 +165,14 @@ class Output:
         """
         if not self.answers.parts():
             self.answers.write(empty.empty_table())
-        ids = pa.chunked_array([self.answers.row_ids(), self.quarantine.row_ids()])
-        distinct = len(ids.unique())
-        if not distinct == len(ids) == report.rows_in:
+        rows, found = 0, 0
+        for chunk in itertools.chain(self.answers.id_chunks(), self.quarantine.id_chunks()):
+            rows += len(chunk)
+            found += checksum([chunk])
+        if rows != report.rows_in or found % 2**64 != ids:
             raise BatchError(
-                f"{report.rows_in} rows were read, but {len(ids)} are in {self._spec.output} and its quarantine, "
-                f"{distinct} of them distinct. The input's ids must be unique: set id_column, or read each row once."
+                f"{report.rows_in} rows were read, but the {rows} in {self._spec.output} and its quarantine are not "
+                "these. Something else wrote there, or a row was lost: choose another output, and report it."
             )
         self._write_manifest(report)
 

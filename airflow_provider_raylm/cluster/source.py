@@ -16,12 +16,8 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.ipc
 import pyarrow.parquet as pq
 from fsspec.core import has_magic, url_to_fs
-from ray.data import Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
 
 from airflow_provider_raylm.cluster.rows import missing_columns
 from airflow_provider_raylm.errors import BatchError
@@ -174,75 +170,35 @@ def columns_to_read(spec: BatchSpec, available: list[str]) -> list[str] | None:
     return [name for name in available if name in needed]
 
 
-_PACKED = "rows"
-SMALLEST_BLOCK = 1
-
-
-def pack(table: pa.Table) -> pa.Table:
-    """Return a table of one row that holds *table* as Arrow IPC bytes."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return pa.table({_PACKED: pa.array([sink.getvalue().to_pybytes()], pa.large_binary())})
-
-
-def unpack(packed: pa.Table) -> Iterator[pa.Table]:
-    """Yield the tables that ``pack`` packed."""
-    for value in packed[_PACKED]:
-        yield pa.ipc.open_stream(value.as_buffer()).read_all()
-
-
-class RowSource(Datasource):
-    """The rows of the files as a Ray Data source: one read task per file, one Ray Data row per block of rows.
-
-    Ray Data glues what a read yields into blocks of 128 MB, cuts those anew, and gives them one schema. Here a block
-    is the unit of asking and writing, so it travels as a value that Ray leaves alone: Arrow IPC bytes. With
-    ``SMALLEST_BLOCK`` as the context's ``target_max_block_size`` each is handed on as soon as it is read.
+def read_blocks(
+    files: Iterable[SourceFile], columns: list[str] | None, id_column: str | None, block_rows: int, done: pa.Array
+) -> Iterator[pa.Table]:
+    """Yield the rows of the files in order, in blocks of at most *block_rows*; small files share a block.
 
     Args:
         files: what to read.
-        spec: the task.
         columns: columns to read; None for all.
+        id_column: column with a row's id.
+        block_rows: rows per block. The last block of a schema is smaller.
         done: ids to leave out, because an earlier attempt wrote them.
+
+    Raises:
+        BatchError: a file cannot be read, or its id column has a null; the text names the file.
     """
-
-    def __init__(self, files: list[SourceFile], spec: BatchSpec, columns: list[str] | None, done: pa.Array) -> None:
-        super().__init__()
-        self.files = files
-        self._spec = spec
-        self._columns = columns
-        self._done = done
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Return the files' size on disk in bytes."""
-        return sum(file.size for file in self.files)
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """Return one task per file, whatever *parallelism* asks for: a file is read in order."""
-        tasks = []
-        for file in self.files:
-            read = _Read(file, self._columns, self._spec.id_column, self._spec.block_rows, self._done)
-            metadata = BlockMetadata(num_rows=None, size_bytes=file.size, exec_stats=None, input_files=[file.uri])
-            tasks.append(ReadTask(read, metadata))
-        return tasks
-
-
-@dataclass(frozen=True)
-class _Read:
-    file: SourceFile
-    columns: list[str] | None
-    id_column: str | None
-    block_rows: int
-    done: pa.Array
-
-    def __call__(self) -> Iterator[pa.Table]:
-        for table in read_rows(self.file, self.columns, self.id_column, self.block_rows):
-            if len(self.done):
-                table = table.filter(pc.invert(pc.is_in(table[ROW_ID], value_set=self.done)))
+    held: list[pa.Table] = []
+    rows = 0
+    for file in files:
+        for table in read_rows(file, columns, id_column, block_rows):
+            if len(done):
+                table = table.filter(pc.invert(pc.is_in(table[ROW_ID], value_set=done)))
+            if held and (not table.schema.equals(held[0].schema) or rows + table.num_rows > block_rows):
+                yield pa.concat_tables(held)
+                held, rows = [], 0
             if table.num_rows:
-                yield pack(table)
+                held.append(table)
+                rows += table.num_rows
+    if held:
+        yield pa.concat_tables(held)
 
 
 def read_rows(

@@ -1,21 +1,21 @@
-"""From a block of rows to answers, through the engine's deployment handle.
-
-The stage runs in one Ray Data actor with as many threads as blocks may be in flight. A thread waits for its block's
-answers while the others' are on their way, so the engine always has a queue and no block end drains it.
-"""
+"""From a block of rows to answers, through the engine's deployment handle."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 from ray.exceptions import RayTaskError
 
-from airflow_provider_raylm.cluster.rows import Answer, RowError, compile_step
+from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal, RowError, compile_step, shared_fields
 from airflow_provider_raylm.cluster.source import ROW_ID
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
@@ -26,8 +26,11 @@ FINISH_REASON = f"{RESERVED_PREFIX}finish_reason"
 REASON = f"{RESERVED_PREFIX}reason"
 MESSAGE = f"{RESERVED_PREFIX}message"
 
-Ask = Callable[[Sequence[str]], list["Answer | RowError"]]
+Ask = Callable[[str, Sequence[Content]], list[Answer | Refusal]]
 RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
+
+# How much longer than its rows' time a call may take before the replica counts as hung.
+HUNG_AFTER_S = 60.0
 
 
 def through_handle(handle: Any, timeout: float) -> Ask:
@@ -38,30 +41,63 @@ def through_handle(handle: Any, timeout: float) -> Ask:
         timeout: seconds per row in the engine.
 
     Raises (the returned function):
-        EngineError: the engine failed, or answered a row twice or not at all.
+        EngineError: the engine failed, does not answer at all, or not every row.
         RayError: its replica is gone.
     """
-    stream = handle.options(stream=True)
 
-    def ask(requests: Sequence[str]) -> list[Answer | RowError]:
-        answers: list[Answer | RowError | None] = [None] * len(requests)
+    def ask(fields: str, contents: Sequence[Content]) -> list[Answer | Refusal]:
+        response = handle.run_block.remote(fields, list(contents), timeout)
         try:
-            for ready in stream.run_block.remote(list(requests), timeout):
-                for text in ready:
-                    outcome = json.loads(text)
-                    index = outcome.pop("index")
-                    if answers[index] is not None:
-                        raise EngineError(f"the engine answered row {index} of a block twice")
-                    answers[index] = RowError(**outcome) if "reason" in outcome else Answer(**outcome)
+            answers: list[Answer | Refusal] = response.result(timeout_s=timeout + HUNG_AFTER_S)
+        except TimeoutError:
+            response.cancel()
+            raise EngineError(f"the engine did not answer within {timeout + HUNG_AFTER_S:g} s") from None
         except RayTaskError as error:
             # Ray's class for another process' error is made anew in each process and does not travel on.
             raise error.cause from None
-        complete = [answer for answer in answers if answer is not None]
-        if len(complete) != len(requests):
-            raise EngineError(f"the engine answered {len(complete)} of {len(requests)} rows of a block")
-        return complete
+        if len(answers) != len(contents):
+            raise EngineError(f"the engine answered {len(answers)} of {len(contents)} rows of a block")
+        return answers
 
     return ask
+
+
+# Answers that are kept for rows to come; one takes about a kilobyte.
+ANSWERS_KEPT = 100_000
+
+
+def once(ask: Ask, keep: int = ANSWERS_KEPT) -> Ask:
+    """Return a function that asks equal requests once and gives all of them the one answer.
+
+    A request that is on its way in another thread is waited for. Of answered requests the last *keep* are remembered.
+    """
+    known: OrderedDict[bytes, Future[Answer | Refusal]] = OrderedDict()
+    lock = threading.Lock()
+
+    def ask_new(fields: str, contents: Sequence[Content]) -> list[Answer | Refusal]:
+        answers: list[Future[Answer | Refusal]] = []
+        new: list[tuple[Future[Answer | Refusal], Content]] = []
+        with lock:
+            for content in contents:
+                key = hashlib.blake2b(json.dumps([fields, content]).encode(), digest_size=16).digest()
+                answer = known.get(key)
+                if answer is None:
+                    answer = known[key] = Future()
+                    new.append((answer, content))
+                answers.append(answer)
+            while len(known) > keep:
+                known.popitem(last=False)
+        # Own requests first: whoever waits for another thread has none of its own left to ask.
+        try:
+            for (future, _), got in zip(new, ask(fields, [content for _, content in new]) if new else [], strict=True):
+                future.set_result(got)
+        except BaseException as error:
+            for future, _ in new:
+                future.set_exception(error)
+            raise
+        return [answer.result() for answer in answers]
+
+    return ask_new
 
 
 @dataclass
@@ -69,7 +105,7 @@ class _Block:
     """Rows on their way: each is either still asked about or failed, and never both."""
 
     rows: list[dict[str, Any]]
-    failed: dict[int, RowError] = field(default_factory=dict)
+    failed: dict[int, Refusal] = field(default_factory=dict)
     prompt_tokens: list[int] = field(default_factory=list)
     completion_tokens: list[int] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
@@ -89,7 +125,7 @@ class _Block:
             try:
                 results[i] = change(self.rows[i])
             except RowError as error:
-                self.failed[i] = error
+                self.failed[i] = error.refusal
         return results
 
 
@@ -108,7 +144,7 @@ class BlockAnswerer:
     def __init__(self, spec: BatchSpec, model: str, ask: Ask) -> None:
         self._spec = spec
         self._ask = ask
-        self._steps = [(compile_step(step, model), step.output_column) for step in spec.all_steps]
+        self._steps = [(compile_step(step), shared_fields(step, model), step.output_column) for step in spec.all_steps]
         self._preprocess = _load("preprocess", spec.preprocess)
         self._postprocess = _load("postprocess", spec.postprocess)
 
@@ -116,14 +152,15 @@ class BlockAnswerer:
         """Return (answered, failed) rows of *table*; together they are all of its rows."""
         block = _Block(table.drop_columns([ROW_ID]).to_pylist())
         self._transform(block, self._preprocess)
-        for render, column in self._steps:
+        for render, fields, column in self._steps:
             try:
                 requests = block.apply(render)
             except KeyError as error:
                 present = ", ".join(block.rows[0])
                 raise BatchError(f"a row has no column {error}; it has {present}") from None
-            for i, answer in zip(requests, self._ask(list(requests.values())) if requests else [], strict=True):
-                if isinstance(answer, RowError):
+            answers = self._ask(fields, list(requests.values())) if requests else []
+            for i, answer in zip(requests, answers, strict=True):
+                if isinstance(answer, Refusal):
                     block.failed[i] = answer
                     continue
                 block.rows[i] = {**block.rows[i], column: answer.text}
@@ -149,7 +186,7 @@ class BlockAnswerer:
     def _answered(self, table: pa.Table, block: _Block) -> pa.Table:
         live = block.live()
         kept = table.take(pa.array(live, pa.int64()))
-        produced = [column for _, column in self._steps]
+        produced = [column for *_, column in self._steps]
         if self._preprocess is None and self._postprocess is None:
             names = [name for name in table.column_names if name != ROW_ID and name not in produced]
             if self._spec.columns is not None:
@@ -189,7 +226,7 @@ def _failed(table: pa.Table, block: _Block) -> pa.Table:
     return (
         table.take(pa.array(indices, pa.int64()))
         .append_column(REASON, pa.array([block.failed[i].reason for i in indices], pa.string()))
-        .append_column(MESSAGE, pa.array([str(block.failed[i]) for i in indices], pa.string()))
+        .append_column(MESSAGE, pa.array([block.failed[i].message for i in indices], pa.string()))
     )
 
 

@@ -2,14 +2,18 @@
 
 import gzip
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from airflow_provider_raylm.cluster.pipeline import in_order, window
 from airflow_provider_raylm.cluster.report import Tally, count_block
-from airflow_provider_raylm.cluster.rows import Answer, RowError
-from airflow_provider_raylm.cluster.sinks import MANIFEST, Output, task_fingerprint
+from airflow_provider_raylm.cluster.rows import Answer, Refusal
+from airflow_provider_raylm.cluster.sinks import MANIFEST, Output, checksum, task_fingerprint
 from airflow_provider_raylm.cluster.source import (
     ROW_ID,
     check_columns,
@@ -17,10 +21,11 @@ from airflow_provider_raylm.cluster.source import (
     columns_to_read,
     count_rows,
     list_files,
+    read_blocks,
     read_rows,
     schema_of,
 )
-from airflow_provider_raylm.cluster.stage import BlockAnswerer, through_handle
+from airflow_provider_raylm.cluster.stage import BlockAnswerer, once, through_handle
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import BatchReport, BatchSpec
 
@@ -150,6 +155,25 @@ def test_columns_are_checked_before_anything_is_asked(tmp_path):
     check_columns(spec(tmp_path, output_column="text", prompt="${a}", columns=["a"]), ["text", "a"])
 
 
+def test_small_files_share_a_block(tmp_path):
+    """In order, never more than block_rows, never two schemas; what is done is left out."""
+    for name, rows in {
+        "a.csv": "text\n1\n2\n3\n",
+        "b.csv": "text\n4\n",
+        "c.csv": "text\n5\n6\n",
+        "d.csv": "text,n\n7,1\n",
+    }.items():
+        (tmp_path / name).write_text(rows)
+    task = spec(tmp_path, block_rows=2)
+
+    def texts(done):
+        blocks = read_blocks(list_files(task), None, None, 2, pa.array(done, pa.string()))
+        return [block["text"].to_pylist() for block in blocks]
+
+    assert texts([]) == [["1", "2"], ["3", "4"], ["5", "6"], ["7"]]
+    assert texts(["00000-000000001", "00001-000000000"]) == [["1", "3"], ["5", "6"], ["7"]]
+
+
 def test_only_needed_columns_are_read(tmp_path):
     """Unless a row function may look at any."""
     there = ["text", "a", "b", ROW_ID]
@@ -162,11 +186,11 @@ def test_only_needed_columns_are_read(tmp_path):
 # --- stage ------------------------------------------------------------------------------------------------------
 
 
-def ask(requests):
+def ask(fields, prompts):
     """Answer with the prompt in capitals; refuse what starts with "bad"."""
-    prompts = [json.loads(request)["prompt"] for request in requests]
+    assert json.loads(fields)["model"] == "m"
     return [
-        RowError("invalid_request", "refused") if prompt.startswith("bad") else Answer(prompt.upper(), "stop", 2, 3)
+        Refusal("invalid_request", "refused") if prompt.startswith("bad") else Answer(prompt.upper(), "stop", 2, 3)
         for prompt in prompts
     ]
 
@@ -247,39 +271,138 @@ def test_a_column_that_only_some_file_lacks_is_fatal(tmp_path):
 
 
 class Handle:
-    """A deployment handle whose engine yields what it is told."""
+    """A deployment handle whose replica returns, or raises, what it is told."""
 
-    def __init__(self, *batches):
+    def __init__(self, outcome):
         self.run_block = self
-        self.batches = batches
+        self.outcome = outcome
+        self.cancelled = False
 
-    def options(self, stream):
-        assert stream
+    def remote(self, fields, contents, timeout):
         return self
 
-    def remote(self, requests, timeout):
-        return iter([[json.dumps(outcome) for outcome in batch] for batch in self.batches])
+    def result(self, timeout_s):
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def cancel(self):
+        self.cancelled = True
 
 
-def answer(index):
-    return {"index": index, "text": str(index), "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}
+def test_a_lost_answer_is_noticed():
+    """Never a row without its answer."""
+    with pytest.raises(EngineError, match="1 of 2 rows"):
+        through_handle(Handle([Answer("a", "stop", 1, 1)]), 1)("{}", ["a", "b"])
 
 
-def test_answers_find_their_rows_in_any_order():
-    """The index decides, not the order of arrival."""
-    refused = {"index": 1, "reason": "timeout", "message": "late"}
-    got = through_handle(Handle([answer(2), refused], [answer(0)]), 1)(["a", "b", "c"])
+def test_a_replica_that_does_not_answer_is_not_waited_for():
+    """The rows' own time and a minute; then the call is taken back."""
+    handle = Handle(TimeoutError())
+    with pytest.raises(EngineError, match="did not answer within 65 s"):
+        through_handle(handle, 5)("{}", ["a"])
 
-    assert [got[0].text, got[1].reason, got[2].text] == ["0", "timeout", "2"]
+    assert handle.cancelled
+
+
+def test_equal_requests_are_asked_once():
+    """Within a block, over blocks, and while another thread still waits for the answer."""
+    asked = []
+    started, may_end = threading.Event(), threading.Event()
+
+    def slow(fields, contents):
+        asked.append(list(contents))
+        started.set()
+        assert may_end.wait(10)
+        return [Answer(content.upper(), "stop", 1, 1) for content in contents]
+
+    ask_once = once(slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask_once, "f", ["a", "b", "a"])
+        assert started.wait(10)
+        second = pool.submit(ask_once, "f", ["b"])
+        may_end.set()
+        assert [answer.text for answer in first.result(10)] == ["A", "B", "A"]
+        assert [answer.text for answer in second.result(10)] == ["B"]
+
+    assert asked == [["a", "b"]]
+    ask_once("other fields", ["a"])
+    assert asked[1:] == [["a"]]
+
+
+def test_answers_are_not_remembered_for_ever():
+    """The oldest go first."""
+    asked = []
+
+    def count(fields, contents):
+        asked.extend(contents)
+        return [Answer(content, "stop", 1, 1) for content in contents]
+
+    ask_once = once(count, keep=2)
+    for content in ("a", "b", "c", "a", "c"):
+        ask_once("f", [content])
+
+    assert asked == ["a", "b", "c", "a"]
+
+
+# --- window -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("batches", "message"), [([[answer(0), answer(0)]], "row 0 of a block twice"), ([[answer(0)]], "1 of 2 rows")]
+    ("chosen", "block_rows", "capacity", "blocks"),
+    [(None, 256, 1024, 8), (None, 256, 100, 4), (None, 1, 64, 128), (20, 7, 1024, 3), (1, 256, 1024, 1)],
 )
-def test_a_lost_or_doubled_answer_is_noticed(batches, message):
-    """Never a row without its answer, never two."""
-    with pytest.raises(EngineError, match=message):
-        through_handle(Handle(*batches), 1)(["a", "b"])
+def test_the_window_follows_the_engine(chosen, block_rows, capacity, blocks):
+    """Twice what it works on at a time, unless the author says otherwise."""
+    assert window(chosen, block_rows, capacity) == blocks
+
+
+def test_blocks_come_in_order_while_others_are_worked_on():
+    """The first takes longest: the others are done before it, and wait for their turn."""
+    finished = []
+    first_may_end = threading.Event()
+
+    def work(item):
+        if item == 0:
+            assert first_may_end.wait(10)
+        finished.append(item)
+        if item == 3:
+            first_may_end.set()
+        return item
+
+    assert list(in_order(work, range(6), at_a_time=2)) == [0, 1, 2, 3, 4, 5]
+    assert finished[:3] == [1, 2, 3]
+
+
+def test_no_more_than_the_window_is_begun():
+    """What is begun and not done is what a crash can lose."""
+    at_work = []
+    most = []
+
+    def work(item):
+        at_work.append(item)
+        most.append(len(at_work))
+        time.sleep(0.002)
+        at_work.remove(item)
+
+    list(in_order(work, range(50), at_a_time=3))
+
+    assert max(most) == 3
+
+
+def test_the_first_error_ends_it():
+    """Nothing more is begun, what has been begun is finished."""
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        if item == 2:
+            raise EngineError("gone")
+
+    with pytest.raises(EngineError, match="gone"):
+        list(in_order(work, range(1000), at_a_time=2))
+
+    assert len(begun) < 10
 
 
 # --- sink -------------------------------------------------------------------------------------------------------
@@ -296,7 +419,7 @@ def prepared(tmp_path, **fields):
 
 def run(task, output, mark):
     done = set(output.answers.row_ids().to_pylist())
-    tally = Tally(total=None)
+    tally = Tally(total=None, ids=checksum(output.answers.id_chunks()))
     for file in list_files(task):
         for rows in read_rows(file, None, None, task.block_rows):
             rows = rows.filter(pa.array([one not in done for one in rows[ROW_ID].to_pylist()]))
@@ -318,7 +441,7 @@ def run(task, output, mark):
         model="m",
         fingerprint=mark,
     )
-    output.finish(report, pa.schema([(ROW_ID, pa.string())]))
+    output.finish(report, tally.ids, pa.schema([(ROW_ID, pa.string())]))
     return report
 
 
@@ -377,18 +500,19 @@ def test_somebody_elses_files_are_left_alone(tmp_path):
     assert (tmp_path / "out" / "part-0.parquet").read_bytes() == b"precious"
 
 
-def test_rows_with_one_id_are_noticed(tmp_path):
-    """A doubled id would be a row lost or paid twice later on."""
+@pytest.mark.parametrize("written", [["x"], ["x", "x"], ["x", "z"], ["x", "y", "y"]])
+def test_a_lost_or_doubled_row_is_noticed(tmp_path, written):
+    """Also when the count is right."""
     _, output, mark = prepared(tmp_path)
     output.prepare()
-    output.answers.write(pa.table({ROW_ID: ["x", "x"]}))
+    output.answers.write(pa.table({ROW_ID: written}))
     report = BatchReport(
         rows_in=2, rows_written=2, rows_quarantined=0, output="o", quarantine="q", application="a", model="m",
         fingerprint=mark,
     )  # fmt: skip
 
-    with pytest.raises(BatchError, match="ids must be unique"):
-        output.finish(report, pa.schema([]))
+    with pytest.raises(BatchError, match="are not these"):
+        output.finish(report, checksum([pa.array(["x", "y"])]), pa.schema([]))
     assert json.loads((tmp_path / "out" / MANIFEST).read_text())["report"] is None
 
 
@@ -410,7 +534,7 @@ def test_an_empty_output_has_a_schema(tmp_path):
 def test_a_progress_line_has_rows_rates_and_time_left():
     """The time left is only said when the total is known."""
     tally = Tally(total=100)
-    tally.add({"written": 18, "prompt_tokens": 50, "completion_tokens": 40, "failures": ["timeout\t2"]})
+    tally.add({"ids": 5, "written": 18, "prompt_tokens": 50, "completion_tokens": 40, "failures": ["timeout\t2"]})
 
     assert tally.line(10) == "20 of 100 rows, 2 failed, 2.0 rows/s, 4 tokens/s, 40 s left"
     tally.total = None

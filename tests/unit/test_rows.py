@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from airflow_provider_raylm.cluster.rows import RowError, compile_step, compile_template, missing_columns, placeholders
+from airflow_provider_raylm.cluster.rows import (
+    RowError,
+    compile_step,
+    compile_template,
+    missing_columns,
+    placeholders,
+    shared_fields,
+)
 from airflow_provider_raylm.specs import Step
 
 
@@ -32,37 +39,37 @@ def test_a_null_is_a_row_error():
     with pytest.raises(RowError, match="column 'a' is null") as error:
         compile_template("${a}")({"a": None})
 
-    assert error.value.reason == "null_value"
+    assert error.value.refusal.reason == "null_value"
 
 
 @pytest.mark.parametrize("step", [Step(prompt="${a}"), Step(messages=[{"role": "user", "content": "${a}"}])])
 def test_an_empty_prompt_is_a_row_error(step):
     """White space is no question either."""
     with pytest.raises(RowError) as error:
-        compile_step(step, "m")({"a": " \n"})
+        compile_step(step)({"a": " \n"})
 
-    assert error.value.reason == "empty_prompt"
+    assert error.value.refusal.reason == "empty_prompt"
 
 
-def test_a_request_is_json_text():
-    """It holds the model, the row's question and what is the same for all rows."""
+def test_what_all_rows_share_is_said_once():
+    """The model and how to sample, as an OpenAI request without a question; the question is the row's own."""
     step = Step(prompt="Say ${a}", max_tokens=4, temperature=0, stop=["."], extra_body={"logprobs": 1})
 
-    assert json.loads(compile_step(step, "m")({"a": 'quote " and \ud800'})) == {
+    assert json.loads(shared_fields(step, "m")) == {
         "model": "m",
-        "prompt": 'Say quote " and \ud800',
         "max_tokens": 4,
         "temperature": 0,
         "stop": ["."],
         "logprobs": 1,
     }
+    assert compile_step(step)({"a": 'quote " and \ud800'}) == 'Say quote " and \ud800'
 
 
 def test_a_chat_request_keeps_roles_and_order():
     """Each message is its own template."""
     step = Step(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "${a}?"}])
 
-    assert json.loads(compile_step(step, "m")({"a": "Why"}))["messages"] == [
+    assert compile_step(step)({"a": "Why"}) == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Why?"},
     ]

@@ -42,6 +42,7 @@ def templated(value):
         (BatchSpec, {**BATCH, "output_column": "raylm_x"}, "reserved"),
         (BatchSpec, {**BATCH, "extra_body": {"n": 2}}, "extra_body.n"),
         (BatchSpec, {**BATCH, "error_budget": 1.5}, "BatchSpec.error_budget"),
+        (BatchSpec, {**BATCH, "deduplicate": True}, "deduplicate: needs temperature 0"),
         (BatchSpec, {"source": "a", "output": "b", "messages": [{"content": "x"}]}, "role and content"),
         (
             BatchSpec,

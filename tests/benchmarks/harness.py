@@ -1,0 +1,270 @@
+"""Runs the contenders on one cluster and takes their times; knows nothing of bars and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pyarrow.parquet as pq
+
+from airflow_provider_raylm import local
+from tests.benchmarks import offline_server
+from tests.benchmarks.workloads import Workload
+from tests.clusters import ENGINE_ENVIRON, Cluster
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+HTTP_PORT = 28200
+START_TIMEOUT_S = 300.0
+JOB_TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one contender took, once.
+
+    Attributes:
+        rows_per_s: steady state: rows after the first that came out, per second until the last.
+        tokens_per_s: the same in generated tokens.
+        first_row_s: from the start of the task until its first rows were out.
+        total_s: from the start of the task to its end. No engine is loaded in it but a private one.
+        peak_rss_mb: most memory that the processes had which were started for the task, in MiB.
+        completion_tokens: generated tokens, all rows.
+    """
+
+    rows_per_s: float
+    tokens_per_s: float
+    first_row_s: float
+    total_s: float
+    peak_rss_mb: float
+    completion_tokens: int
+
+
+class Bench:
+    """One cluster, one model of a size, and the ways to ask it."""
+
+    def __init__(self, cluster: Cluster, model: Path, engine_kwargs: Mapping[str, Any], cpus: float = 0.5) -> None:
+        self.cluster = cluster
+        self.model = model
+        self.engine_kwargs = dict(engine_kwargs)
+        self.engine: dict[str, Any] = {}
+        self.endpoint = ""
+        self._cpus = cpus
+        self._offline: subprocess.Popen[str] | None = None
+
+    def deploy(self, name: str) -> dict[str, Any]:
+        """Deploy a shared engine and return its reference."""
+        spec = {
+            "name": name,
+            "model": str(self.model),
+            "gpus": 0,
+            "cpus": self._cpus,
+            "engine_kwargs": self.engine_kwargs,
+            "lease": {"idle_timeout": 7200},
+        }
+        labels = {"installation": "benchmark", "dag_id": "benchmark", "run_id": name, "engine": name}
+        payload = {"engine": spec, "labels": labels, "replace": False}
+        return self.cluster.finish(self.cluster.start("deploy", payload), timeout=START_TIMEOUT_S)[0]
+
+    def teardown(self, engine: Mapping[str, Any]) -> None:
+        """Delete an engine."""
+        self.cluster.run("teardown", {"application": engine["application"]})
+
+    @contextmanager
+    def offline_engine(self) -> Iterator[None]:
+        """Keep a `vllm.LLM` loaded beside the shared engine; idle engines take no CPU."""
+        command = [sys.executable, "-m", "tests.benchmarks.offline_server", str(self.model)]
+        command.append(json.dumps(self.engine_kwargs))
+        with _process(command, stdin=subprocess.PIPE) as process:
+            self._offline = process
+            _answer_of(process)
+            yield
+        self._offline = None
+
+    @contextmanager
+    def http_endpoint(self) -> Iterator[None]:
+        """Keep vLLM's own OpenAI server up beside the shared engine."""
+        arguments = [
+            f"--{name.replace('_', '-')}={value}" for name, value in self.engine_kwargs.items() if value is not True
+        ]
+        arguments += [f"--{name.replace('_', '-')}" for name, value in self.engine_kwargs.items() if value is True]
+        module = "vllm.entrypoints.openai.api_server"
+        command = [sys.executable, "-m", module, "--host=127.0.0.1", f"--port={HTTP_PORT}", f"--model={self.model}"]
+        self.endpoint = f"http://127.0.0.1:{HTTP_PORT}"
+        with _process([*command, *arguments, "--performance-mode=throughput", "--disable-log-stats"]) as process:
+            end = time.monotonic() + START_TIMEOUT_S
+            while not _healthy(f"{self.endpoint}/health"):
+                if process.poll() is not None or time.monotonic() > end:
+                    raise TimeoutError("vLLM's API server did not come up")
+                time.sleep(1)
+            yield
+
+    def ours(self, workload: Workload, source: Path, **batch: Any) -> Timing:
+        """Run the shipped pipeline as a task does."""
+        output = self.cluster.folder / f"out-{time.monotonic_ns()}"
+        request = {
+            "source": str(source),
+            "prompt": "${text}",
+            "output": str(output),
+            **sampling(workload),
+            **workload.batch,
+            **batch,
+        }
+        with _watch(self._session()) as memory:
+            started = time.time()
+            job = self.cluster.start("infer", {"engine": self.engine, "batch": request})
+            report = self.cluster.finish(job, timeout=JOB_TIMEOUT_S)[0]
+            ended = time.time()
+        if report["rows_written"] != workload.rows:
+            raise RuntimeError(f"{report} of {workload.rows} rows")
+        parts = sorted(output.glob("part-*"), key=lambda path: path.stat().st_mtime)
+        outcome = {
+            "first_at": parts[0].stat().st_mtime,
+            "last_at": parts[-1].stat().st_mtime,
+            "first_rows": pq.read_metadata(parts[0]).num_rows,
+            "rows": report["rows_written"],
+            "completion_tokens": report["completion_tokens"],
+        }
+        shutil.rmtree(output)
+        return _timing(outcome, started, ended, memory[0])
+
+    def processor(self, contender: str, workload: Workload, source: Path) -> Timing:
+        """Run one of Ray Data's own processors: stock, http or private."""
+        request, result = (self.cluster.folder / f"{contender}-{end}.json" for end in ("task", "result"))
+        task = {
+            "contender": contender,
+            "source": str(source),
+            "blocks": max(workload.rows // 256, 4),
+            "sampling": sampling(workload),
+            "deployment": self.engine.get("deployment"),
+            "application": self.engine.get("application"),
+            "model": str(self.model),
+            "endpoint": self.endpoint,
+            "model_source": str(self.model),
+            "engine_kwargs": self.engine_kwargs,
+            "environ": ENGINE_ENVIRON,
+        }
+        request.write_text(json.dumps(task))
+        with _watch(self._session()) as memory:
+            started = time.time()
+            self.cluster.run_script(HERE / "processors.py", request, result, timeout=JOB_TIMEOUT_S)
+            ended = time.time()
+        return _timing(json.loads(result.read_text()), started, ended, memory[0])
+
+    def offline(self, workload: Workload, source: Path) -> Timing:
+        """Ask the loaded `vllm.LLM`; all its rows come out at once."""
+        assert self._offline is not None
+        assert self._offline.stdin is not None
+        pids = [self._offline.pid, *(child.pid for child in psutil.Process(self._offline.pid).children(recursive=True))]
+        self._offline.stdin.write(json.dumps({"source": str(source), "max_tokens": workload.max_tokens}) + "\n")
+        self._offline.stdin.flush()
+        answer = _answer_of(self._offline)
+        seconds, tokens = answer["seconds"], answer["completion_tokens"]
+        rss = _rss_mb(pids)
+        return Timing(workload.rows / seconds, tokens / seconds, seconds, seconds, rss, tokens)
+
+    def run(self, contender: str, workload: Workload, source: Path) -> Timing:
+        """Run a contender by name."""
+        if contender == "ours":
+            return self.ours(workload, source)
+        if contender == "offline":
+            return self.offline(workload, source)
+        return self.processor(contender, workload, source)
+
+    def _session(self) -> int:
+        return int(json.loads((self.cluster.folder / "ray" / "cluster.json").read_text())["pid"])
+
+
+def sampling(workload: Workload) -> dict[str, Any]:
+    """Return the sampling parameters that every contender gets."""
+    return {"max_tokens": workload.max_tokens, "ignore_eos": True, "temperature": 0}
+
+
+def as_json(timing: Timing) -> dict[str, float]:
+    """Return a timing as rounded JSON values."""
+    return {name: round(value, 3) for name, value in asdict(timing).items()}
+
+
+def _timing(outcome: Mapping[str, Any], started: float, ended: float, rss: float) -> Timing:
+    seconds = max(outcome["last_at"] - outcome["first_at"], 1e-6)
+    rate = (outcome["rows"] - outcome["first_rows"]) / seconds
+    tokens = outcome["completion_tokens"]
+    return Timing(rate, rate * tokens / outcome["rows"], outcome["first_at"] - started, ended - started, rss, tokens)
+
+
+@contextmanager
+def _process(command: list[str], **kwargs: Any) -> Iterator[subprocess.Popen[str]]:
+    environ = {**os.environ, **ENGINE_ENVIRON}
+    log = (REPOSITORY / "build" / "bench" / "engine.log").open("a")
+    with (
+        log,
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environ,
+            text=True,
+            stdout=subprocess.PIPE if "stdin" in kwargs else log,
+            stderr=log,
+            start_new_session=True,
+            **kwargs,
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            local.end_session(process.pid)
+
+
+def _answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(offline_server.SENTINEL):
+            return dict(json.loads(line.removeprefix(offline_server.SENTINEL)))
+    raise RuntimeError("the offline engine ended; see build/bench/engine.log")
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
+def _watch(session: int) -> Iterator[list[float]]:
+    """Watch the memory of the processes that the session starts from now on; the peak is the list's one element."""
+    before = set(local.session(session))
+    peak = [0.0]
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(1):
+            peak[0] = max(peak[0], _rss_mb([pid for pid in local.session(session) if pid not in before]))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
+def _rss_mb(pids: list[int]) -> float:
+    total = 0
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            total += psutil.Process(pid).memory_info().rss
+    return total / 2**20
