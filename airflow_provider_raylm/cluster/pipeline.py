@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from queue import Queue
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -210,32 +210,39 @@ def _capacity(handle: Any) -> int:
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], at_a_time: int) -> Iterator[Result]:
     """Yield ``work(item)`` for all items in their order, while up to *at_a_time* are being worked on.
 
-    A slow one delays only what is yielded, not the work on the others. The first error ends it: what has been begun is
-    finished, nothing more is begun.
+    Items are taken and worked on whether or not the caller asks for the next result: Ray Data asks when it has dealt
+    with the last one, and the engine would be idle until then. A slow item delays only what is yielded. The first error
+    ends it: what has been begun is finished, nothing more is begun.
     """
-    waiting: deque[Future[Result]] = deque()
+    begun: Queue[Future[Result] | None] = Queue()
     free = threading.Semaphore(at_a_time)
-    failed: list[Future[Result]] = []
+    over = threading.Event()
 
-    def over(future: Future[Result]) -> None:
+    def done(future: Future[Result]) -> None:
         if future.exception() is not None:
-            failed.append(future)
+            over.set()
         free.release()
 
-    with ThreadPoolExecutor(at_a_time, thread_name_prefix="raylm-block") as pool:
-        for item in items:
-            free.acquire()
-            if failed:
-                break
-            future = pool.submit(work, item)
-            future.add_done_callback(over)
-            waiting.append(future)
-            while waiting and waiting[0].done() and not failed:
-                yield waiting.popleft().result()
-        while waiting and not failed:
-            yield waiting.popleft().result()
-    if failed:
-        failed[0].result()
+    def feed() -> None:
+        try:
+            for item in items:
+                free.acquire()
+                if over.is_set():
+                    break
+                future = pool.submit(work, item)
+                future.add_done_callback(done)
+                begun.put(future)
+        finally:
+            begun.put(None)
+
+    with ThreadPoolExecutor(at_a_time + 1, thread_name_prefix="raylm-block") as pool:
+        feeding = pool.submit(feed)
+        try:
+            while (future := begun.get()) is not None:
+                yield future.result()
+            feeding.result()
+        finally:
+            over.set()
 
 
 _COUNTS = pa.schema(

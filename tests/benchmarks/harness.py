@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 HTTP_PORT = 28200
 START_TIMEOUT_S = 300.0
-JOB_TIMEOUT_S = 900.0
+JOB_TIMEOUT_S = 400.0
 
 
 @dataclass(frozen=True)

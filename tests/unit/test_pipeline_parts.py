@@ -390,6 +390,34 @@ def test_no_more_than_the_window_is_begun():
     assert max(most) == 3
 
 
+def test_work_goes_on_while_nobody_asks_for_results():
+    """The consumer may take its time; the engine must not wait for it."""
+    finished = threading.Semaphore(0)
+
+    def work(item):
+        finished.release()
+        return item
+
+    results = in_order(work, range(20), at_a_time=2)
+    assert next(results) == 0
+    assert all(finished.acquire(timeout=10) for _ in range(20))
+    assert list(results) == list(range(1, 20))
+
+
+def test_an_error_of_the_source_comes_after_what_it_gave():
+    """A file that cannot be read in the middle fails the task; the blocks before it are written."""
+    finished = []
+
+    def items():
+        yield from range(3)
+        raise BatchError("cannot read")
+
+    with pytest.raises(BatchError, match="cannot read"):
+        list(in_order(finished.append, items(), at_a_time=2))
+
+    assert sorted(finished) == [0, 1, 2]
+
+
 def test_the_first_error_ends_it():
     """Nothing more is begun, what has been begun is finished."""
     begun = []
