@@ -133,8 +133,9 @@ def explained(application: str) -> Iterator[None]:
             raise
         require_running(application)
         raise EngineError(
-            f"A call to the engine {application} failed: {_last_line(str(lost[-1]))} By now the engine answers again. "
-            "Retry the task: it goes on with the rows that are missing."
+            f"A call to the engine {application} failed, or the process that makes them died: "
+            f"{_last_line(str(lost[-1]))} The engine is running. Retry the task: it goes on with the rows that are "
+            "missing."
         ) from error
 
 

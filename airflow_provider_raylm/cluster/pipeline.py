@@ -140,6 +140,8 @@ def _blocks(
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=1),
         num_cpus=STAGE_CPUS,
+        # A new actor would begin with the first row; a new attempt of the task begins with the first that is missing.
+        max_restarts=0,
     )
     yield from counts.iter_rows()
 

@@ -89,12 +89,14 @@ def null(bench: Bench, sizes: tuple[int, ...]) -> Result:
         "lease": {},
     }
     contenders = {}
-    for rows in sizes:
+    # The first task on a cluster starts Ray Data's own actors, which stay: they are not this one's memory.
+    for rows in (1_000, *sizes):
         workload = Workload(rows, 1, ("ours",), {})
         source = workload.write(bench.cluster.folder / "in" / f"null-{rows}", "null")
         contenders[f"ours_{rows}"] = as_json(bench.ours(workload, source))
         shutil.rmtree(source)
         print(f"bench: null {rows} {contenders[f'ours_{rows}']}", flush=True)
+    del contenders["ours_1000"]
     least, most = (contenders[f"ours_{rows}"] for rows in (sizes[0], sizes[-1]))
     ratios = {"rows_per_s": most["rows_per_s"]}
     if len(sizes) > 1:

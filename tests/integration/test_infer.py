@@ -1,13 +1,15 @@
 """Inference through the shared engine: the right answer on every row, and every row accounted for."""
 
 import json
+import time
 
+import psutil
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.errors import BatchError, EngineError
 from tests.conftest import REPOSITORY
 from tests.integration.conftest import CHATS, MAX_TOKENS, ROWS
 
@@ -171,6 +173,49 @@ def test_a_second_run_redoes_only_what_is_missing(infer, source, texts, offline,
 
     assert (third["rows_written"], third["rows_already_done"], third["rows_in"]) == (lost, ROWS - lost, ROWS)
     assert [row["response"] for row in read(tmp_path / "out")] == offline["prompts"]
+
+
+def test_a_stage_that_dies_is_gone_on_with_by_a_retry(cluster, engine, infer, tmp_path):
+    """What it wrote is not asked again; every row is there once."""
+    rows = 6_000
+    (tmp_path / "in.txt").write_text("".join(f"line {i}\n" for i in range(rows)))
+    task = {"source": str(tmp_path / "in.txt"), "max_tokens": 4, "block_rows": 50}
+    batch = {"prompt": "Say: ${text}", "temperature": 0, "output": str(tmp_path / "out"), **task}
+    job = cluster.start("infer", {"engine": engine, "batch": batch})
+    assert wait_for(lambda: list((tmp_path / "out").glob("part-*")), 120)
+    (stage,) = [process for process in psutil.process_iter(["cmdline"]) if is_stage(process)]
+    stage.kill()
+
+    with pytest.raises(EngineError, match="Retry the task"):
+        cluster.finish(job)
+    written = sum(pq.read_metadata(part).num_rows for part in (tmp_path / "out").glob("part-*"))
+    report = infer(**task)
+    assert 0 < written < rows
+    assert (report["rows_already_done"], report["rows_written"]) == (written, rows - written)
+    assert [row["text"] for row in read(tmp_path / "out")] == [f"line {i}" for i in range(rows)]
+
+
+def is_stage(process):
+    return any("AnswerAndWrite" in part for part in process.info["cmdline"] or ())
+
+
+def wait_for(condition, timeout):
+    end = time.monotonic() + timeout
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+def test_equal_rows_are_asked_once(infer, texts, offline, tmp_path):
+    """When the author says so; each row gets the answer all the same."""
+    few = texts[:20]
+    lines = [few[i % 20] for i in range(400)]
+    pq.write_table(pa.table({"text": lines}), tmp_path / "in.parquet")
+    report = infer(source=str(tmp_path / "in.parquet"), deduplicate=True, block_rows=32)
+
+    expected = dict(zip(texts, offline["prompts"], strict=True))
+    assert [row["response"] for row in read(tmp_path / "out")] == [expected[text] for text in lines]
+    assert report["rows_written"] == 400
 
 
 def test_progress_is_said_without_noise(cluster, engine, source, tmp_path):
