@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,9 @@ class BlockLLMServer(LLMServer):
         except Exception as error:
             return [self._refusal(error)] * len(contents)
         if question.tokenize is not None:
-            contents = await asyncio.to_thread(question.tokenize, contents)
+            # If one cannot be tokenised all stay text: rendered one by one, it is that row's fault alone.
+            with suppress(Exception):
+                contents = await asyncio.to_thread(question.tokenize, contents)
         block = uuid4().hex
         tasks = [asyncio.create_task(self._answer(question, f"{block}-{i}", row)) for i, row in enumerate(contents)]
         try:

@@ -1,7 +1,6 @@
 """Throughput side by side: this provider, Ray Data's own ways to the engine, and vLLM alone.
 
-Writes build/bench/bench.json and plots beside it, prints a table of the ratios with their bars. `--quick` takes each
-workload that needs no second engine once, `--only` names workloads.
+Writes build/bench/bench.json and plots beside it, and prints a table of the ratios with their bars.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -195,56 +194,42 @@ def verdicts(results: Mapping[str, Result]) -> list[tuple[str, str, float, str, 
 
 SINGLES: dict[str, Callable[[Bench, bool], Result]] = {"many": many, "concurrency": concurrency}
 IN_QUICK = ("short", "many", "null")
+LOADING_AN_ENGINE = frozenset({"http", "private"})
 
 
-def run(quick: bool, only: tuple[str, ...]) -> dict[str, Result]:
+def run(wanted: Collection[str], quick: bool, repeats: int) -> dict[str, Result]:
     """Run what was asked for and return the results by workload."""
-    every = (*WORKLOADS, *SINGLES, "dag", "null")
-    wanted = only or (IN_QUICK if quick else every)
     results: dict[str, Result] = {}
     with ray_cluster() as cluster:
         for size, shape in MODELS.items():
             model = make_tiny_model(cluster.folder / size, context_length=CONTEXT_LENGTH, **shape)
             bench = Bench(cluster, model, ENGINE_KWARGS)
+            workloads = {n: w for n, w in WORKLOADS.items() if w.model == size and n in wanted}
+            singles = [name for name in SINGLES if name in wanted and size == "tiny"]
             if "dag" in wanted and size == "tiny":
                 results["dag"] = dag(bench)
-            compared = {name: workload for name, workload in WORKLOADS.items() if workload.model == size}
-            results |= _on_one_engine(bench, {n: w for n, w in compared.items() if n in wanted}, quick)
-            if size == "tiny":
-                results |= _alone(bench, [name for name in SINGLES if name in wanted], quick)
+            if workloads or singles:
+                bench.engine = bench.deploy("shared")
+                left_out = LOADING_AN_ENGINE if quick else frozenset()
+                results |= _compare(bench, {n: _without(w, left_out) for n, w in workloads.items()}, repeats)
+                results |= {name: SINGLES[name](bench, quick) for name in singles}
+                bench.teardown(bench.engine)
         if "null" in wanted:
             results["null"] = null(Bench(cluster, Path(), {}), NULL_ROWS[:1] if quick else NULL_ROWS)
     return results
 
 
-def _on_one_engine(bench: Bench, workloads: Mapping[str, Workload], quick: bool) -> dict[str, Result]:
-    left_out = {"http", "private"} if quick else set()
-    asked = {contender for workload in workloads.values() for contender in workload.contenders} - left_out
-    if not asked:
-        return {}
-    results = {}
-    bench.engine = bench.deploy("side-by-side")
+def _compare(bench: Bench, workloads: Mapping[str, Workload], repeats: int) -> dict[str, Result]:
+    asked = {contender for workload in workloads.values() for contender in workload.contenders}
     with ExitStack() as others:
         if "offline" in asked:
             others.enter_context(bench.offline_engine())
         if "http" in asked:
             others.enter_context(bench.http_endpoint())
-        for name, workload in workloads.items():
-            results[name] = side_by_side(bench, _without(workload, left_out), name, 1 if quick else REPEATS)
-    bench.teardown(bench.engine)
-    return results
+        return {name: side_by_side(bench, workload, name, repeats) for name, workload in workloads.items()}
 
 
-def _alone(bench: Bench, names: list[str], quick: bool) -> dict[str, Result]:
-    if not names:
-        return {}
-    bench.engine = bench.deploy("alone")
-    results = {name: SINGLES[name](bench, quick) for name in names}
-    bench.teardown(bench.engine)
-    return results
-
-
-def _without(workload: Workload, left_out: set[str]) -> Workload:
+def _without(workload: Workload, left_out: Collection[str]) -> Workload:
     return replace(workload, contenders=tuple(c for c in workload.contenders if c not in left_out))
 
 
@@ -261,12 +246,16 @@ def show(results: Mapping[str, Result]) -> None:
 def main() -> None:
     """Run, write, draw, show."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="less than ten minutes: short, null and many, once")
-    parser.add_argument("--only", nargs="*", default=[], help="workloads to run")
+    every = (*WORKLOADS, *SINGLES, "dag", "null")
+    parser.add_argument("--quick", action="store_true", help="less than ten minutes: a part, once, on the one engine")
+    parser.add_argument("--only", nargs="+", choices=every, help="workloads to run")
+    parser.add_argument("--repeats", type=int, help=f"default: {REPEATS}, with --quick 1")
     arguments = parser.parse_args()
+    quick = arguments.quick
     OUT.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    results = run(arguments.quick, tuple(arguments.only))
+    repeats = arguments.repeats or (1 if quick else REPEATS)
+    results = run(arguments.only or (IN_QUICK if quick else every), quick, repeats)
     (OUT / "bench.json").write_text(json.dumps({"workloads": results}, indent=1))
     drawn = plots.draw(results, OUT)
     show(results)

@@ -117,6 +117,18 @@ def test_bad_rows_are_quarantined_and_the_others_written(infer, tmp_path):
     assert report["failures"] == {"null_value": 1, "empty_prompt": 2, "prompt_too_long": 1}
 
 
+def test_a_prompt_that_cannot_be_tokenised_is_one_rows_fault(cluster, engine, offline, texts, tmp_path):
+    """The others of its block, which are tokenised together with it, are answered."""
+    contents = [f"Say: {texts[0]}", "lone \ud800 surrogate", f"Say: {texts[1]}"]
+    (tmp_path / "block.json").write_text(json.dumps({"fields": {"model": "tiny", **GREEDY}, "contents": contents}))
+    script = REPOSITORY / "tests" / "integration" / "ask_block.py"
+    cluster.run_script(script, engine["deployment"], engine["application"], tmp_path)
+
+    first, bad, last = json.loads((tmp_path / "outcomes.json").read_text())
+    assert [first["text"], last["text"]] == offline["prompts"][:2]
+    assert bad["reason"] == "invalid_request"
+
+
 def test_a_refused_parameter_breaks_the_budget(infer, source, tmp_path):
     """The error has the commonest reason; a retry that is allowed more goes on from there."""
     with pytest.raises(BatchError, match=r"320 of 320 rows failed, the error budget allows 16.*invalid_request"):
