@@ -10,12 +10,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from queue import Queue
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -38,6 +36,7 @@ from airflow_provider_raylm.cluster.source import (
     schema_of,
 )
 from airflow_provider_raylm.cluster.stage import BlockAnswerer, once, through_handle
+from airflow_provider_raylm.cluster.window import in_order, window
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef
 
@@ -48,11 +47,8 @@ SAY_PERIOD_S = 30.0
 STAGE_CPUS = 0.1
 CPU_WAIT_S = 120.0
 CAPACITY_TIMEOUT_S = 60.0
-LEAST_BLOCKS_IN_FLIGHT = 4
 
 Say = Callable[[str], None]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
@@ -146,23 +142,6 @@ def _blocks(
     yield from counts.iter_rows()
 
 
-def window(in_flight_rows: int | None, block_rows: int, capacity: int) -> int:
-    """Return how many blocks may be on their way at a time.
-
-    By default twice what the engine works on at a time: while one half is worked on the other waits in the engine's
-    own queue, so that the way there and back is never waited for; more would only wait longer. Few big blocks end
-    together and would drain the engine, so there are at least four.
-
-    Args:
-        in_flight_rows: the author's own choice in rows, or None.
-        block_rows: rows per block.
-        capacity: requests that all replicas work on at a time.
-    """
-    if in_flight_rows is not None:
-        return math.ceil(in_flight_rows / block_rows)
-    return max(math.ceil(2 * capacity / block_rows), LEAST_BLOCKS_IN_FLIGHT)
-
-
 class AnswerAndWrite:
     """The stage's actor: a block is written in the thread that got its answers, so an answer is safe at once."""
 
@@ -207,44 +186,6 @@ def _capacity(handle: Any) -> int:
         return int(handle.capacity.remote().result(timeout_s=CAPACITY_TIMEOUT_S))
     except TimeoutError:
         raise EngineError(f"the engine does not answer ({CAPACITY_TIMEOUT_S:g} s)") from None
-
-
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], at_a_time: int) -> Iterator[Result]:
-    """Yield ``work(item)`` for all items in their order, while up to *at_a_time* are being worked on.
-
-    Items are taken and worked on whether or not the caller asks for the next result: Ray Data asks when it has dealt
-    with the last one, and the engine would be idle until then. A slow item delays only what is yielded. The first error
-    ends it: what has been begun is finished, nothing more is begun.
-    """
-    begun: Queue[Future[Result] | None] = Queue()
-    free = threading.Semaphore(at_a_time)
-    over = threading.Event()
-
-    def done(future: Future[Result]) -> None:
-        if future.exception() is not None:
-            over.set()
-        free.release()
-
-    def feed() -> None:
-        try:
-            for item in items:
-                free.acquire()
-                if over.is_set():
-                    break
-                future = pool.submit(work, item)
-                future.add_done_callback(done)
-                begun.put(future)
-        finally:
-            begun.put(None)
-
-    with ThreadPoolExecutor(at_a_time + 1, thread_name_prefix="raylm-block") as pool:
-        feeding = pool.submit(feed)
-        try:
-            while (future := begun.get()) is not None:
-                yield future.result()
-            feeding.result()
-        finally:
-            over.set()
 
 
 _COUNTS = pa.schema(

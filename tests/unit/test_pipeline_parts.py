@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from airflow_provider_raylm.cluster.pipeline import in_order, window
 from airflow_provider_raylm.cluster.report import Tally, count_block
 from airflow_provider_raylm.cluster.rows import Answer, Refusal
 from airflow_provider_raylm.cluster.sinks import MANIFEST, Output, checksum, task_fingerprint
@@ -26,6 +25,7 @@ from airflow_provider_raylm.cluster.source import (
     schema_of,
 )
 from airflow_provider_raylm.cluster.stage import BlockAnswerer, once, through_handle
+from airflow_provider_raylm.cluster.window import in_order, window
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import BatchReport, BatchSpec
 
