@@ -215,7 +215,10 @@ class Step(Value):
     )
     # One row gets one answer, in one piece, to the question that the template asks.
     _not_in_extra_body: ClassVar[frozenset[str]] = frozenset(
-        {*_sampling, "model", "prompt", "messages", "stream", "n", "best_of", "echo", "request_id"}
+        {
+            *(*_sampling, "model", "prompt", "messages", "stream", "n", "best_of", "echo", "request_id", "session_id"),
+            *("max_completion_tokens", "use_beam_search"),
+        }
     )
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+from airflow_provider_raylm.cluster.window import LEAST_BLOCKS_IN_FLIGHT
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT
 from airflow_provider_raylm.specs import EngineSpec
@@ -25,7 +26,9 @@ def llm_config(spec: EngineSpec) -> Any:
     replicas: dict[str, Any] = {"num_replicas": spec.replicas}
     if isinstance(spec.replicas, tuple):
         low, high = spec.replicas
-        replicas = {"autoscaling_config": {"min_replicas": low, "max_replicas": high}}
+        # In blocks; Ray's default for engines would never start a second replica.
+        scaling = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": LEAST_BLOCKS_IN_FLIGHT}
+        replicas = {"autoscaling_config": scaling}
     on_a_path = {"callback_config": {"callback_class": f"{__package__}.server.NothingToDownload"}}
     # Ray adds the replica's own CPUs to the first of these bundles.
     placement = {"bundle_per_worker": {"GPU": spec.gpus}} if spec.gpus else {"bundles": [{"CPU": 0}]}

@@ -62,7 +62,7 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
     engine.require_running(ref.application)
     files = list_files(spec)
     columns = _columns(spec, files)
-    check_ids(files, spec, columns)
+    check_ids(files, spec)
     mark = task_fingerprint(spec, ref.fingerprint, files)
     output = Output(spec, mark)
     finished = output.prepare()
@@ -127,6 +127,8 @@ def _blocks(
     # Ray Data gathers what a task yields up to this size: hand each block's counts on at once.
     context.target_max_block_size = 1
     context.raise_original_map_exception = True
+    # Ray Data would fail a task in which no block ends for half an hour; calls to the engine have their own bound.
+    context.execution_no_progress_timeout_s = -1
     # from_items makes its blocks here; from_arrow would start a worker process to look at one.
     numbers = ray.data.from_items([{"file": file.number} for file in files], override_num_blocks=1)
     counts = numbers.map_batches(

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,8 @@ from airflow_provider_raylm.errors import EngineError
 # The only codes that speak of one row: bad request, too large, unprocessable. Any other is the engine's trouble.
 _ROW_ERROR_CODES = frozenset({400, 413, 422})
 _TOO_LONG = re.compile(r"context length|maximum model length|longer than the maximum|too many tokens", re.I)
+# One at a time: vLLM copies its tokenizer for each further thread that uses it.
+_TOKENIZER = ThreadPoolExecutor(1, thread_name_prefix="raylm-tokenizer")
 _ERROR_LINE = re.compile(r"\b(\w*(?:Error|Exception): .+)")
 
 
@@ -89,7 +92,7 @@ class BlockLLMServer(LLMServer):
         if question.tokenize is not None:
             # If one cannot be tokenised all stay text: rendered one by one, it is that row's fault alone.
             with suppress(Exception):
-                contents = await asyncio.to_thread(question.tokenize, contents)
+                contents = await asyncio.get_running_loop().run_in_executor(_TOKENIZER, question.tokenize, contents)
         block = uuid4().hex
         tasks = [asyncio.create_task(self._answer(question, f"{block}-{i}", row)) for i, row in enumerate(contents)]
         try:
@@ -112,27 +115,36 @@ class BlockLLMServer(LLMServer):
             serving = self.engine._oai_serving_completion
             request = CompletionRequest(prompt=".", **fields)
             render = serving.render_completion_request
+        limits = [limit for limit in (request.max_tokens, serving.override_max_tokens) if limit is not None]
+        # Tokenised in one go where nothing is cut off, which vLLM's renderer does while it tokenises.
+        whole = not chat and request.truncate_prompt_tokens is None
         return _Question(
             request,
             field="messages" if chat else "prompt",
-            tokenize=None if chat else partial(_token_ids, serving.renderer.tokenizer, request.add_special_tokens),
+            # What a reasoning or tool parser changes in a request and takes from its answer is vLLM's own affair.
+            parsed=chat and serving.parser_cls is not None,
+            tokenize=partial(_token_ids, serving.renderer.tokenizer, request.add_special_tokens) if whole else None,
             render=render,
-            sampling=request.to_sampling_params(request.max_tokens, serving.default_sampling_params),
-            read=_reader(serving, request, chat),
+            sampling=request.to_sampling_params(min(limits), serving.default_sampling_params),
         )
 
     async def _answer(self, question: _Question, request_id: str, content: Content) -> Answer | Refusal:
+        request = question.request.model_copy(update={question.field: content, "request_id": request_id})
         try:
-            rendered = await question.render(question.request.model_copy(update={question.field: content}))
+            response = await (anext(self.engine.chat(request, None)) if question.parsed else question.render(request))
         except Exception as error:
             return self._refusal(error)
         # By shape: vLLM moves the class of its error answers between versions.
-        if hasattr(rendered, "error"):
-            return _refusal_of(rendered.error)
+        if hasattr(response, "error"):
+            return _refusal_of(response.error)
+        if question.parsed:
+            return _of_layer(response)
         # A chat is rendered to (conversation, inputs), a completion to inputs.
-        (inputs,) = rendered[1] if isinstance(rendered, tuple) else rendered
+        (inputs,) = response[1] if isinstance(response, tuple) else response
         try:
-            stream = self.engine._engine_client.generate(inputs, question.sampling, request_id)
+            stream = self.engine._engine_client.generate(
+                inputs, question.sampling, request_id, priority=request.priority
+            )
             outputs = [one async for one in stream]
         except Exception as error:
             return self._refusal(error)
@@ -141,9 +153,8 @@ class BlockLLMServer(LLMServer):
         (answer,) = output.outputs
         if answer.finish_reason == "error":
             raise EngineError("the engine gave a request up with finish_reason 'error'")
-        text = question.read(answer.text, answer.token_ids)
         prompt_tokens = len(output.prompt_token_ids or ())
-        return Answer(text, answer.finish_reason or "", prompt_tokens, len(answer.token_ids))
+        return Answer(answer.text, answer.finish_reason or "", prompt_tokens, len(answer.token_ids))
 
     def _refusal(self, error: Exception) -> Refusal:
         """Return an error as one row's refusal, by vLLM's own judgement; raise EngineError when it is not."""
@@ -168,18 +179,18 @@ class _Question:
     Attributes:
         request: the OpenAI request; a row's differs in one field.
         field: that field.
+        parsed: whether rows go through the OpenAI layer, because the engine has a parser for its answers.
         tokenize: from a block of prompts to token ids in one go, which a chat's template leaves no room for.
         render: from a request to the engine's inputs, by chat template and tokenizer.
         sampling: vLLM's sampling parameters.
-        read: from (text, token ids) of an answer to the text that the row gets.
     """
 
     request: Any
     field: str
+    parsed: bool
     tokenize: Callable[[list[Any]], list[Any]] | None
     render: Callable[[Any], Awaitable[Any]]
     sampling: Any
-    read: Callable[[str, Any], str]
 
 
 def _token_ids(tokenizer: Any, add_special_tokens: bool, prompts: list[str]) -> list[list[int]]:
@@ -187,22 +198,12 @@ def _token_ids(tokenizer: Any, add_special_tokens: bool, prompts: list[str]) -> 
     return ids
 
 
-def _reader(serving: Any, request: Any, chat: bool) -> Callable[[str, Any], str]:
-    """Return what turns an answer's text into a row's: the engine's reasoning or tool parser, when it has one."""
-    if not chat or serving.parser_cls is None:
-        return lambda text, tokens: text
-
-    def read(text: str, tokens: Any) -> str:
-        parser = serving.parser_cls(
-            serving.renderer.tokenizer,
-            request.tools,
-            chat_template_kwargs=serving._effective_chat_template_kwargs(request),
-            model_config=serving.model_config,
-        )
-        _, content, _ = parser.parse(text, request, enable_auto_tools=False, model_output_token_ids=tokens)
-        return content or ""
-
-    return read
+def _of_layer(response: Any) -> Answer:
+    (choice,) = response.choices
+    usage = response.usage
+    return Answer(
+        choice.message.content or "", choice.finish_reason or "", usage.prompt_tokens, usage.completion_tokens
+    )
 
 
 def _refusal_of(error: Any) -> Refusal:

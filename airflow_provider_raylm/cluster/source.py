@@ -136,13 +136,13 @@ def check_columns(spec: BatchSpec, available: list[str]) -> None:
         )
 
 
-def check_ids(files: list[SourceFile], spec: BatchSpec, available: list[str]) -> None:
-    """Check that ids which come from a column are unique, before any row is asked and paid for.
+def check_ids(files: list[SourceFile], spec: BatchSpec) -> None:
+    """Check that ids are unique if any come from a column, before any row is asked and paid for.
 
     Raises:
         BatchError: two rows share an id; the text names one.
     """
-    column = spec.id_column or (ROW_ID if ROW_ID in available else None)
+    column = spec.id_column or (ROW_ID if any(ROW_ID in schema_of(file) for file in files) else None)
     if column is None:
         return
     chunks = [
@@ -187,10 +187,11 @@ def read_blocks(
     """
     held: list[pa.Table] = []
     rows = 0
+    there = set(done.to_pylist())
     for file in files:
         for table in read_rows(file, columns, id_column, block_rows):
-            if len(done):
-                table = table.filter(pc.invert(pc.is_in(table[ROW_ID], value_set=done)))
+            if there:
+                table = table.filter(pa.array([one not in there for one in table[ROW_ID].to_pylist()], pa.bool_()))
             if held and (not table.schema.equals(held[0].schema) or rows + table.num_rows > block_rows):
                 yield pa.concat_tables(held)
                 held, rows = [], 0

@@ -76,25 +76,30 @@ def once(ask: Ask, keep: int = ANSWERS_KEPT) -> Ask:
 
     def ask_new(fields: str, contents: Sequence[Content]) -> list[Answer | Refusal]:
         answers: list[Future[Answer | Refusal]] = []
-        new: list[tuple[Future[Answer | Refusal], Content]] = []
+        new: list[tuple[bytes, Future[Answer | Refusal], Content]] = []
         with lock:
             for content in contents:
                 key = hashlib.blake2b(json.dumps([fields, content]).encode(), digest_size=16).digest()
                 answer = known.get(key)
                 if answer is None:
                     answer = known[key] = Future()
-                    new.append((answer, content))
+                    new.append((key, answer, content))
                 answers.append(answer)
             while len(known) > keep:
                 known.popitem(last=False)
         # Own requests first: whoever waits for another thread has none of its own left to ask.
         try:
-            for (future, _), got in zip(new, ask(fields, [content for _, content in new]) if new else [], strict=True):
-                future.set_result(got)
+            got = ask(fields, [content for *_, content in new]) if new else []
         except BaseException as error:
-            for future, _ in new:
-                future.set_exception(error)
+            for _, answer, _ in new:
+                answer.set_exception(error)
             raise
+        for (key, answer, _), outcome in zip(new, got, strict=True):
+            if isinstance(outcome, Refusal) and outcome.reason == "timeout":
+                # The engine's haste or rest is not the question's: the next equal row is asked again.
+                with lock:
+                    known.pop(key, None)
+            answer.set_result(outcome)
         return [answer.result() for answer in answers]
 
     return ask_new

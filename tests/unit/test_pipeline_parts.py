@@ -99,9 +99,9 @@ def test_ids_of_a_column_must_be_unique(tmp_path):
         pq.write_table(pa.table({"text": ["x", "y"], ROW_ID: ["0-1", "0-2"]}), tmp_path / f"{name}.parquet")
     task = spec(tmp_path)
 
-    check_ids(list_files(task)[:1], task, ["text", ROW_ID])
+    check_ids(list_files(task)[:1], task)
     with pytest.raises(BatchError, match=r"2 ids of the column 'raylm_row_id' stand on several rows, '0-1' for one"):
-        check_ids(list_files(task), task, ["text", ROW_ID])
+        check_ids(list_files(task), task)
 
 
 def test_folders_globs_and_hidden_files(tmp_path):
@@ -153,6 +153,22 @@ def test_columns_are_checked_before_anything_is_asked(tmp_path):
     with pytest.raises(BatchError, match="output_column 'text' is a column of the source"):
         check_columns(spec(tmp_path, output_column="text"), ["text"])
     check_columns(spec(tmp_path, output_column="text", prompt="${a}", columns=["a"]), ["text", "a"])
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_ids_of_an_earlier_task_beside_a_raw_file_are_checked(tmp_path, format):
+    """Made ids and kept ones may be the same."""
+    raw, earlier = {"text": ["x", "y"]}, {"text": ["z"], ROW_ID: ["00000-000000001"]}
+    for name, columns in (("a", raw), ("b", earlier)):
+        if format == "parquet":
+            pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+        else:
+            lines = [json.dumps(row) for row in pa.table(columns).to_pylist()]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    task = spec(tmp_path)
+
+    with pytest.raises(BatchError, match="'00000-000000001' for one"):
+        check_ids(list_files(task), task)
 
 
 def test_small_files_share_a_block(tmp_path):
@@ -328,6 +344,16 @@ def test_equal_requests_are_asked_once():
     assert asked == [["a", "b"]]
     ask_once("other fields", ["a"])
     assert asked[1:] == [["a"]]
+
+
+def test_a_time_out_is_not_remembered():
+    """The next equal row is asked again: it was not the question's fault."""
+    outcomes = [Refusal("timeout", "late"), Answer("A", "stop", 1, 1)]
+    ask_once = once(lambda fields, contents: [outcomes.pop(0)])
+
+    assert ask_once("f", ["a"])[0] == Refusal("timeout", "late")
+    assert ask_once("f", ["a"])[0].text == "A"
+    assert ask_once("f", ["a"])[0].text == "A"
 
 
 def test_answers_are_not_remembered_for_ever():
