@@ -1,37 +1,73 @@
-"""From a spec to Ray's own configuration of an LLM deployment."""
+"""From a spec to Ray's own LLM deployment, in two halves: what the driver deploys and what the replica loads.
+
+Ray's ``build_llm_deployment`` does both at once and imports vLLM for it: ten seconds and more in a driver that has no
+other use for it. Here the driver says what a replica asks of the cluster, and the replica makes Ray's ``LLMConfig``.
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import ray
+from ray import serve
 
+from airflow_provider_raylm.cluster.resources import bundles
 from airflow_provider_raylm.cluster.window import LEAST_BLOCKS_IN_FLIGHT
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT
 from airflow_provider_raylm.specs import EngineSpec
 
+# Serve imports it in the replica.
+_SERVER = f"{__package__}.server:BlockLLMServer"
 
-def llm_config(spec: EngineSpec) -> Any:
-    """Translate a spec into Ray's LLMConfig; nothing is started.
+
+def llm_deployment(spec: EngineSpec) -> Any:
+    """Return the engine as a Serve application that is not deployed yet.
 
     Raises:
-        EngineError: the cluster lacks ray[llm]'s or vLLM's packages.
+        EngineError: the cluster lacks vLLM, or what Ray's part for it needs.
     """
-    try:
-        from ray.serve.llm import LLMConfig
-    except ImportError as error:
-        raise EngineError(_missing_package(error)) from error
-
+    missing = [module for module in ("vllm", "jsonref") if find_spec(module) is None]
+    if missing:
+        raise EngineError(
+            f"The cluster's Python lacks {' and '.join(missing)}. Its image needs ray[data,serve], vllm at the version "
+            f"that Ray {ray.__version__} pins, and jsonref (see the installation page)."
+        )
     replicas: dict[str, Any] = {"num_replicas": spec.replicas}
     if isinstance(spec.replicas, tuple):
         low, high = spec.replicas
         # In blocks; Ray's default for engines would never start a second replica.
         scaling = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": LEAST_BLOCKS_IN_FLIGHT}
         replicas = {"autoscaling_config": scaling}
+    # The job's, so that the replica finds this package; but not its variables, which carry the request.
+    runtime_env = {**ray.get_runtime_context().runtime_env, "env_vars": dict(spec.env)}
+    deployment = serve.deployment(
+        name=ENGINE_DEPLOYMENT,
+        max_ongoing_requests=spec.max_ongoing_requests,
+        ray_actor_options={"num_cpus": spec.cpus, "runtime_env": runtime_env},
+        placement_group_bundles=bundles(spec),
+        placement_group_strategy="PACK",
+        # A start that failed fails again; the task's own retry is the place to try once more.
+        max_constructor_retry_count=1,
+        # A replica that computes on the CPU answers late when the machine is busy; that is not ill health.
+        health_check_period_s=10 if spec.gpus else 30,
+        health_check_timeout_s=30 if spec.gpus else 120,
+        graceful_shutdown_timeout_s=20,
+        **replicas,
+    )
+    return deployment(_SERVER).bind(spec.model_dump(mode="json"))
+
+
+def llm_config(spec: EngineSpec) -> Any:
+    """Translate a spec into Ray's LLMConfig; imports vLLM, starts nothing.
+
+    Raises:
+        ValueError: Ray or vLLM refuses an argument.
+    """
+    from ray.serve.llm import LLMConfig
+
     on_a_path = {"callback_config": {"callback_class": f"{__package__}.server.NothingToDownload"}}
-    # Ray adds the replica's own CPUs to the first of these bundles.
-    placement = {"bundle_per_worker": {"GPU": spec.gpus}} if spec.gpus else {"bundles": [{"CPU": 0}]}
     return LLMConfig(
         model_loading_config={
             "model_id": spec.served_model_name,
@@ -49,47 +85,9 @@ def llm_config(spec: EngineSpec) -> Any:
         },
         accelerator_type=spec.accelerator_type,
         accelerator_config={"kind": "gpu" if spec.gpus else "cpu"},
-        placement_group_config=placement,
-        deployment_config={
-            "max_ongoing_requests": spec.max_ongoing_requests,
-            "ray_actor_options": {"num_cpus": spec.cpus},
-            # A start that failed fails again; the task's own retry is the place to try once more.
-            "max_constructor_retry_count": 1,
-            # A replica that computes on the CPU answers late when the machine is busy; that is not ill health.
-            "health_check_period_s": 10 if spec.gpus else 30,
-            "health_check_timeout_s": 30 if spec.gpus else 120,
-            "graceful_shutdown_timeout_s": 20,
-            **replicas,
-        },
-        runtime_env={"env_vars": dict(spec.env)},
+        # The replica's own CPUs are in the first of these bundles, too: resources.bundles says all.
+        placement_group_config={"bundle_per_worker": {"GPU": spec.gpus}} if spec.gpus else {"bundles": [{"CPU": 0}]},
+        deployment_config={"ray_actor_options": {"num_cpus": spec.cpus}},
         **(on_a_path if spec.model.startswith("/") else {}),
         log_engine_metrics=spec.log_engine_metrics,
-    )
-
-
-def llm_deployment(spec: EngineSpec) -> Any:
-    """Return the engine as a Serve application that is not deployed yet.
-
-    Raises:
-        EngineError: the cluster lacks a package, or Ray or vLLM refuses an argument.
-    """
-    config = llm_config(spec)
-    try:
-        from ray.serve.llm import build_llm_deployment
-
-        from airflow_provider_raylm.cluster.server import BlockLLMServer
-
-        return build_llm_deployment(
-            config, deployment_cls=BlockLLMServer, override_serve_options={"name": ENGINE_DEPLOYMENT}
-        )
-    except ImportError as error:
-        raise EngineError(_missing_package(error)) from error
-    except ValueError as error:
-        raise EngineError(f"The engine cannot be built: {error}") from error
-
-
-def _missing_package(error: ImportError) -> str:
-    return (
-        f"The cluster's Python lacks a package ({error}). Its image needs ray[data,serve], vllm at the version that "
-        f"Ray {ray.__version__} pins, and jsonref (see the installation page)."
     )

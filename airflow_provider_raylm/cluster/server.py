@@ -22,12 +22,13 @@ from uuid import uuid4
 
 from pydantic import ValidationError
 from ray.llm._internal.common.callbacks.base import CallbackBase
-from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+from airflow_provider_raylm.cluster.llm import llm_config
 from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal
 from airflow_provider_raylm.errors import EngineError
+from airflow_provider_raylm.specs import EngineSpec
 
 # The only codes that speak of one row: bad request, too large, unprocessable. Any other is the engine's trouble.
 _ROW_ERROR_CODES = frozenset({400, 413, 422})
@@ -51,15 +52,18 @@ class NothingToDownload(CallbackBase):
 class BlockLLMServer(LLMServer):
     """An LLM server whose unit of work is a block of requests."""
 
-    async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, spec: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         """Start the engine.
+
+        Args:
+            spec: the EngineSpec as JSON values.
 
         Raises:
             EngineError: it did not start; the text carries vLLM's own reason.
         """
         log_starts = _log_sizes()
         try:
-            await super().__init__(llm_config, **kwargs)
+            await super().__init__(llm_config(EngineSpec.model_validate(spec)))
         except Exception as error:
             reason = _reason(error)
             if "engine core" in reason.lower():
