@@ -2,11 +2,15 @@
 # wheels, is handed on to uv.
 SHELL := /bin/bash
 PYTHON ?= python3.11
-VENV := .venv
+# GPU=1 wants vLLM's CUDA build instead of the one for CPUs: an environment of its own, without the constraints, which
+# name the CPU build's companions.
+VENV := $(if $(GPU),.venv-gpu,.venv)
+EXTRAS := dev,$(if $(GPU),vllm,cpu)
+CONSTRAINTS := $(if $(GPU),,--constraint constraints.txt)
 RUN := $(VENV)/bin
 UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(VENV)/tools/bin/uv
 # CPU builds of torch come from the find-links folder if there is one, else from PyTorch's own index.
-TORCH := $(if $(PIP_FIND_LINKS),,--torch-backend=cpu)
+TORCH := $(if $(PIP_FIND_LINKS)$(GPU),,--torch-backend=cpu)
 
 .PHONY: venv check test unit demo bench clean
 
@@ -16,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PYTHON) -m venv $(VENV)/tools
 	$(VENV)/tools/bin/pip install --quiet uv
-	$(UV) pip install --quiet --python $(RUN)/python $(TORCH) --constraint constraints.txt --editable '.[dev]'
+	$(UV) pip install --quiet --python $(RUN)/python $(TORCH) $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@
 
 check: venv
@@ -33,9 +37,9 @@ test: venv
 demo: venv
 	$(RUN)/python -m tests.demo
 
-# QUICK=1 ends in less than ten minutes; ONLY="short prefix" names workloads.
+# QUICK=1 ends in less than ten minutes; GPU=1 runs on one NVIDIA GPU; ONLY="short prefix" names workloads.
 bench: venv
-	$(RUN)/python -m tests.benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+	$(RUN)/python -m tests.benchmarks $(if $(QUICK),--quick) $(if $(GPU),--gpu) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) build dist

@@ -8,24 +8,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CONTEXT_LENGTH = 512
+VOCABULARY = 1000
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
-def make_tiny_model(folder: Path, *, context_length: int = CONTEXT_LENGTH, **shape: int) -> Path:
+def make_tiny_model(
+    folder: Path,
+    *,
+    context_length: int = CONTEXT_LENGTH,
+    vocabulary: int = VOCABULARY,
+    weights: bool = True,
+    **shape: int,
+) -> Path:
     """Save the model and a byte-level BPE tokenizer to *folder*, unless they are there; return the folder.
 
     Two layers of width 64, a vocabulary of at most 1,000, float32, a context of 512 tokens; *shape* overrides what
-    transformers' Qwen2Config knows of the first two.
+    transformers' Qwen2Config knows of the first two. Without *weights* it is a model of any size for vLLM's
+    ``load_format="dummy"``.
     """
     if (folder / "tokenizer_config.json").exists():
         return folder
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(), eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level_bpe(vocabulary), eos_token="<|end|>", pad_token="<|end|>"
+    )
     tokenizer.chat_template = _CHAT_TEMPLATE
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -47,32 +58,40 @@ def make_tiny_model(folder: Path, *, context_length: int = CONTEXT_LENGTH, **sha
         bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config).to(torch.float32)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
+    if weights:
+        model = Qwen2ForCausalLM(config).to(torch.float32)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(folder)
+    else:
+        config.architectures = [Qwen2ForCausalLM.__name__]
+        config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _byte_level_bpe() -> object:
+def _byte_level_bpe(vocabulary: int) -> object:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1000,
+        vocab_size=vocabulary,
         special_tokens=["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(), trainer)
+    texts = _texts(inspect.__file__, sys.modules["pathlib"].__file__)
+    if vocabulary > VOCABULARY:
+        # Two modules have no more words than that; the standard library has.
+        texts = _texts(*sorted(Path(inspect.__file__).parent.glob("*.py")))
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def _texts() -> Iterator[str]:
-    for module in (inspect, sys.modules["pathlib"]):
-        yield from inspect.getsource(module).splitlines()
+def _texts(*files: Path | str) -> Iterator[str]:
+    for file in files:
+        yield from Path(file).read_text(encoding="utf-8").splitlines()
 
 
 if __name__ == "__main__":

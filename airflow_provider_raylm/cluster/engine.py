@@ -19,7 +19,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
 from ray.util import placement_group_table
 
-from airflow_provider_raylm.cluster.llm import llm_deployment
+from airflow_provider_raylm.cluster.llm import SHUTDOWN_LOOK_S, llm_deployment
 from airflow_provider_raylm.cluster.resources import Bundle, bundles, shortage, show, total
 from airflow_provider_raylm.errors import EngineError, RayLMError
 from airflow_provider_raylm.naming import (
@@ -270,7 +270,7 @@ def _create(name: str, spec: EngineSpec, labels: Labels, mark: str) -> None:
     # The fingerprint is part of the deployment's name: status shows it without a call into a replica that may be
     # starting, busy or dead.
     keeper = serve.deployment(LeaseKeeper, name=f"{LEASE_DEPLOYMENT}-{mark}").options(
-        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000
+        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, graceful_shutdown_wait_loop_s=SHUTDOWN_LOOK_S
     )
     now = time.time()
     # Loading is not idling: the idle time begins when the engine is up, or has to be.

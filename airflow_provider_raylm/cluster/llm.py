@@ -18,8 +18,10 @@ from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT
 from airflow_provider_raylm.specs import EngineSpec
 
+# Serve looks so often whether a replica that is to go still answers, and first looks after that time: 2 s by default.
+SHUTDOWN_LOOK_S = 0.2
 # Serve imports it in the replica.
-_SERVER = f"{__package__}.server:BlockLLMServer"
+_SERVER = f"{__package__}.server.BlockLLMServer"
 
 
 def llm_deployment(spec: EngineSpec) -> Any:
@@ -54,6 +56,7 @@ def llm_deployment(spec: EngineSpec) -> Any:
         health_check_period_s=10 if spec.gpus else 30,
         health_check_timeout_s=30 if spec.gpus else 120,
         graceful_shutdown_timeout_s=20,
+        graceful_shutdown_wait_loop_s=SHUTDOWN_LOOK_S,
         **replicas,
     )
     return deployment(_SERVER).bind(spec.model_dump(mode="json"))

@@ -10,14 +10,14 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import plots
-from tests.benchmarks.harness import HERE, REPOSITORY, Bench, Timing, as_json, sampling
+from tests.benchmarks.harness import HERE, REPOSITORY, Bench, Timing, as_json
 from tests.benchmarks.workloads import WORKLOADS, Workload
 from tests.clusters import ray_cluster
 from tests.tiny_model import make_tiny_model
@@ -25,17 +25,108 @@ from tests.tiny_model import make_tiny_model
 OUT = REPOSITORY / "build" / "bench"
 REPEATS = 3
 CONTEXT_LENGTH = 1024
-ENGINE_KWARGS = {"dtype": "float32", "enforce_eager": True, "max_model_len": CONTEXT_LENGTH}
-MODELS: dict[str, dict[str, int]] = {
-    "tiny": {},
-    # 8 layers of width 448 and a vocabulary of 1,000: about 18 million parameters.
-    "small": {"hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 8, "num_attention_heads": 14},
-}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a size, and vLLM's arguments that belong to it.
+
+    Attributes:
+        shape: how it differs from the tiny one.
+        engine_kwargs: beside those that all models on a machine have.
+    """
+
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the engines are on a kind of machine.
+
+    Attributes:
+        models: by size.
+        engine_kwargs: vLLM's arguments, the same for every contender.
+        gpus: GPUs of the shared engine.
+        cpus: CPUs of the shared engine.
+        rows_factor: how many times the rows of a workload make a run of seconds.
+        left_out: contenders and workloads that do not fit.
+        bars: by workload, bars that differ.
+    """
+
+    models: Mapping[str, Model]
+    engine_kwargs: Mapping[str, Any]
+    gpus: int
+    cpus: float
+    rows_factor: int = 1
+    left_out: frozenset[str] = frozenset()
+    bars: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+CPU = Machine(
+    models={
+        "tiny": Model(),
+        "small": Model(
+            # 18 million parameters with the vocabulary of 1,000.
+            {"hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 8, "num_attention_heads": 14},
+            # A request takes long here. With vLLM's own 256 at a time, four waves would be the whole run and no
+            # steady state.
+            {"max_num_seqs": 64},
+        ),
+    },
+    engine_kwargs={"dtype": "float32", "enforce_eager": True, "max_model_len": CONTEXT_LENGTH},
+    gpus=0,
+    cpus=0.5,
+)
+# Weights that vLLM makes up: only shapes count for speed.
+_ON_GPU = {"weights": False, "vocabulary": 32_000}
+GPU = Machine(
+    models={
+        # The layers of Qwen2.5-1.5B: 1.4 billion parameters with this vocabulary.
+        "tiny": Model(
+            {
+                **_ON_GPU,
+                "hidden_size": 1536,
+                "intermediate_size": 8960,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 2,
+            }
+        ),
+        # The layers of Qwen2.5-7B: 6.6 billion parameters with this vocabulary.
+        "small": Model(
+            {
+                **_ON_GPU,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+            },
+            {"max_num_seqs": 256},
+        ),
+    },
+    engine_kwargs={
+        "dtype": "bfloat16",
+        "load_format": "dummy",
+        "max_model_len": CONTEXT_LENGTH,
+        # The shared engine, offline and http are loaded side by side; idle ones only take memory.
+        "gpu_memory_utilization": 0.3,
+    },
+    gpus=1,
+    cpus=1,
+    rows_factor=4,
+    # Ray gives the one GPU to the shared engine: there is none for private ones beside it.
+    left_out=frozenset({"private", "turns"}),
+    bars={"long": {"ours_vs_offline": 0.97}},
+)
+
 NULL_ROWS = (100_000, 1_000_000)
 TASKS = 20
 ROWS_PER_TASK = 100
 DAG_ROWS = 500
-WINDOWS = (256, 512, 1024, 2048, 4096)
+WINDOWS = (128, 256, 512, 1024, 2048, 4096)
+TASKS_AT_A_TIME = (1, 2)
 
 Result = dict[str, Any]
 
@@ -50,12 +141,13 @@ def side_by_side(bench: Bench, workload: Workload, name: str, repeats: int) -> R
             )
             timing = bench.run(contender, workload, source)
             shutil.rmtree(source)
-            expected = workload.rows * workload.max_tokens
-            if timing.completion_tokens != expected:
-                raise RuntimeError(f"{contender} generated {timing.completion_tokens} tokens, not {expected}")
+            if timing.completion_tokens != workload.new_tokens:
+                raise RuntimeError(
+                    f"{contender} generated {timing.completion_tokens} tokens, not {workload.new_tokens}"
+                )
             print(f"bench: {name} {contender} {as_json(timing)}", flush=True)
             timings[contender].append(timing)
-    return {"contenders": {c: _median(t) for c, t in timings.items()}, "ratios": _ratios(timings)}
+    return {"contenders": {c: _median(t) for c, t in timings.items()}, "ratios": _ratios(timings, workload.turns)}
 
 
 def _median(timings: list[Timing]) -> dict[str, Any]:
@@ -64,14 +156,21 @@ def _median(timings: list[Timing]) -> dict[str, Any]:
     return {**medians, "rows_per_s_all": [value["rows_per_s"] for value in values]}
 
 
-def _ratios(timings: Mapping[str, list[Timing]]) -> dict[str, float]:
-    """Return ours against each other contender: the median over the repeats of what ran side by side."""
-    ratios = {}
+def _ratios(timings: Mapping[str, list[Timing]], turns: int) -> Result:
+    """Return ours against each other contender over the repeats: medians, and beside them least and most."""
+    ratios: Result = {}
     for other in timings:
         if other != "ours":
-            pairs = zip(timings["ours"], timings[other], strict=True)
-            ratios[f"ours_vs_{other}"] = round(statistics.median(a.rows_per_s / b.rows_per_s for a, b in pairs), 3)
+            pairs = [a.rows_per_s / b.rows_per_s for a, b in zip(timings["ours"], timings[other], strict=True)]
+            ratios |= _with_spread(f"ours_vs_{other}", pairs)
+            if other == "private" and turns > 1:
+                ratios |= _with_spread("ours_vs_private_per_engine", [pair * turns for pair in pairs])
     return ratios
+
+
+def _with_spread(name: str, values: Collection[float]) -> Result:
+    spread = [round(min(values), 3), round(max(values), 3)]
+    return {name: round(statistics.median(values), 3), f"{name}_spread": spread}
 
 
 def null(bench: Bench, sizes: tuple[int, ...]) -> Result:
@@ -118,51 +217,72 @@ def many(bench: Bench, quick: bool) -> Result:
         name: {"total_s": round(statistics.median(seconds), 3)}
         for name, seconds in (("ours", ours), ("empty_job", empty))
     }
-    ratio = statistics.median(a / b for a, b in zip(ours, empty, strict=True))
-    return {"contenders": contenders, "ratios": {"ours_vs_empty_job": round(ratio, 3)}}
+    pairs = [a / b for a, b in zip(ours, empty, strict=True)]
+    return {"contenders": contenders, "ratios": _with_spread("ours_vs_empty_job", pairs)}
 
 
 def concurrency(bench: Bench, quick: bool) -> Result:
-    """Rows/s against the window, with one and with two tasks at a time."""
+    """Rows/s of one task against its window, and of several tasks at a time with the default one."""
     workload = Workload(5_000, 16, ("ours",), {})
     contenders = {}
-    for window in (None, *(WINDOWS[:: len(WINDOWS) - 1] if quick else WINDOWS)):
-        source = workload.write(bench.cluster.folder / "in" / f"window-{window}", f"win{window}")
-        timing = bench.ours(workload, source, in_flight_rows=window, block_rows=64 if window else 256)
-        contenders[f"window_{window or 'default'}"] = as_json(timing)
-        print(f"bench: concurrency {window} {timing.rows_per_s:.0f} rows/s", flush=True)
-    rates = [contenders[f"window_{window}"]["rows_per_s"] for window in WINDOWS if f"window_{window}" in contenders]
-    return {"contenders": contenders, "ratios": {"widest_vs_best": round(rates[-1] / max(rates), 3)}}
+
+    def measure(name: str, tasks: int = 1, **batch: Any) -> None:
+        folder = bench.cluster.folder / "in" / name
+        sources = [workload.write(folder / str(task), f"{name}{task}") for task in range(tasks)]
+        contenders[name] = as_json(bench.ours(workload, *sources, **batch))
+        print(f"bench: concurrency {name} {contenders[name]['rows_per_s']:.0f} rows/s", flush=True)
+
+    windows = WINDOWS[:: len(WINDOWS) - 1] if quick else WINDOWS
+    for rows in windows:
+        measure(f"window_{rows}", in_flight_rows=rows, block_rows=64)
+    for tasks in TASKS_AT_A_TIME:
+        measure(f"tasks_{tasks}", tasks)
+    rates = [contenders[f"window_{rows}"]["rows_per_s"] for rows in windows]
+    default = contenders["tasks_1"]["rows_per_s"]
+    return {
+        "contenders": contenders,
+        "ratios": {
+            "widest_vs_best": round(rates[-1] / max(rates), 3),
+            "default_vs_best": round(default / max(rates), 3),
+            "two_tasks_vs_one": round(contenders["tasks_2"]["rows_per_s"] / default, 3),
+        },
+    }
 
 
 def dag(bench: Bench) -> Result:
-    """Three tasks, two of them side by side, with everything: one shared engine, or one for each task."""
+    """Three tasks and all that they need: side by side on one engine, or one after the other with an engine each.
+
+    Private engines would run side by side, too, on three times the hardware.
+    """
     workload = Workload(DAG_ROWS, 16, ("ours",), {})
     sources = [workload.write(bench.cluster.folder / "in" / f"dag-{n}", f"dag{n}") for n in range(3)]
     started = time.time()
     engine = bench.deploy("dag")
+    deployed = time.time()
     jobs = []
     for number, source in enumerate(sources):
         batch = {
             "source": str(source),
-            "prompt": "${text}",
             "output": str(bench.cluster.folder / f"dag{number}"),
-            **sampling(workload),
+            **workload.question,
         }
         jobs.append(bench.cluster.start("infer", {"engine": engine, "batch": batch}))
-        if number:
-            for job in jobs:
-                bench.cluster.finish(job)
-            jobs.clear()
+    for job in jobs:
+        bench.cluster.finish(job)
+    answered = time.time()
     bench.teardown(engine)
     ours = time.time() - started
-    print(f"bench: dag ours {ours:.0f} s", flush=True)
+    parts = {"deploy_s": deployed - started, "tasks_s": answered - deployed, "total_s": ours}
+    print(f"bench: dag ours {parts}", flush=True)
     started = time.time()
     for source in sources:
         bench.processor("private", workload, source)
     private = time.time() - started
     print(f"bench: dag private {private:.0f} s", flush=True)
-    contenders = {"ours": {"total_s": round(ours, 1)}, "private": {"total_s": round(private, 1)}}
+    contenders = {
+        "ours": {name: round(seconds, 1) for name, seconds in parts.items()},
+        "private": {"total_s": round(private, 1)},
+    }
     return {"contenders": contenders, "ratios": {"ours_vs_private_wall": round(ours / private, 3)}}
 
 
@@ -176,20 +296,20 @@ SINGLE_BARS: dict[str, tuple[str, float, Callable[[float, float], bool]]] = {
 }
 
 
-def verdicts(results: Mapping[str, Result]) -> list[tuple[str, str, float, str, bool]]:
-    """Return (workload, ratio, value, bar, met) of everything that has a bar."""
-    lines = []
+def verdicts(results: Mapping[str, Result], machine: Machine) -> dict[tuple[str, str], tuple[str, bool]]:
+    """Return by (workload, ratio) the bar and whether it is met, of everything that has a bar."""
+    found = {}
     for name, workload in WORKLOADS.items():
-        for ratio, bar in workload.bars.items():
+        for ratio, bar in {**workload.bars, **machine.bars.get(name, {})}.items():
             value = results.get(name, {}).get("ratios", {}).get(ratio)
             if value is not None:
-                lines.append((name, ratio, value, f">= {bar}", value >= bar))
+                found[name, ratio] = (f">= {bar}", value >= bar)
     for key, (ratio, bar, met) in SINGLE_BARS.items():
         name = key.partition("_")[0]
         value = results.get(name, {}).get("ratios", {}).get(ratio)
         if value is not None:
-            lines.append((name, ratio, value, f"{'>=' if met(bar + 1, bar) else '<='} {bar}", met(value, bar)))
-    return lines
+            found[name, ratio] = (f"{'>=' if met(bar + 1, bar) else '<='} {bar}", met(value, bar))
+    return found
 
 
 SINGLES: dict[str, Callable[[Bench, bool], Result]] = {"many": many, "concurrency": concurrency}
@@ -197,50 +317,60 @@ IN_QUICK = ("short", "many", "null")
 LOADING_AN_ENGINE = frozenset({"http", "private"})
 
 
-def run(wanted: Collection[str], quick: bool, repeats: int) -> dict[str, Result]:
-    """Run what was asked for and return the results by workload."""
-    results: dict[str, Result] = {}
+def run(wanted: Collection[str], machine: Machine, quick: bool, repeats: int) -> Iterator[tuple[str, Result]]:
+    """Run what was asked for and yield (workload, result) as they come."""
+    left_out = machine.left_out | (LOADING_AN_ENGINE if quick else frozenset())
     with ray_cluster() as cluster:
-        for size, shape in MODELS.items():
-            model = make_tiny_model(cluster.folder / size, context_length=CONTEXT_LENGTH, **shape)
-            bench = Bench(cluster, model, ENGINE_KWARGS)
-            workloads = {n: w for n, w in WORKLOADS.items() if w.model == size and n in wanted}
+        for size, model in machine.models.items():
+            workloads = {
+                name: replace(
+                    workload,
+                    rows=workload.rows * machine.rows_factor,
+                    contenders=tuple(c for c in workload.contenders if c not in left_out),
+                )
+                for name, workload in WORKLOADS.items()
+                if workload.model == size and name in wanted and name not in left_out
+            }
             singles = [name for name in SINGLES if name in wanted and size == "tiny"]
-            if "dag" in wanted and size == "tiny":
-                results["dag"] = dag(bench)
+            whole_dag = "dag" in wanted and size == "tiny"
+            if not (workloads or singles or whole_dag):
+                continue
+            path = make_tiny_model(cluster.folder / size, context_length=CONTEXT_LENGTH, **model.shape)
+            engine_kwargs = {**machine.engine_kwargs, **model.engine_kwargs}
+            bench = Bench(cluster, path, engine_kwargs, machine.gpus, machine.cpus)
+            if whole_dag:
+                yield "dag", dag(bench)
             if workloads or singles:
                 bench.engine = bench.deploy("shared")
-                left_out = LOADING_AN_ENGINE if quick else frozenset()
-                results |= _compare(bench, {n: _without(w, left_out) for n, w in workloads.items()}, repeats)
-                results |= {name: SINGLES[name](bench, quick) for name in singles}
+                yield from _compare(bench, workloads, repeats)
+                for name in singles:
+                    yield name, SINGLES[name](bench, quick)
                 bench.teardown(bench.engine)
         if "null" in wanted:
-            results["null"] = null(Bench(cluster, Path(), {}), NULL_ROWS[:1] if quick else NULL_ROWS)
-    return results
+            yield "null", null(Bench(cluster, Path(), {}, 0, 0), NULL_ROWS[:1] if quick else NULL_ROWS)
 
 
-def _compare(bench: Bench, workloads: Mapping[str, Workload], repeats: int) -> dict[str, Result]:
+def _compare(bench: Bench, workloads: Mapping[str, Workload], repeats: int) -> Iterator[tuple[str, Result]]:
     asked = {contender for workload in workloads.values() for contender in workload.contenders}
     with ExitStack() as others:
         if "offline" in asked:
             others.enter_context(bench.offline_engine())
         if "http" in asked:
             others.enter_context(bench.http_endpoint())
-        return {name: side_by_side(bench, workload, name, repeats) for name, workload in workloads.items()}
+        for name, workload in workloads.items():
+            yield name, side_by_side(bench, workload, name, repeats)
 
 
-def _without(workload: Workload, left_out: Collection[str]) -> Workload:
-    return replace(workload, contenders=tuple(c for c in workload.contenders if c not in left_out))
-
-
-def show(results: Mapping[str, Result]) -> None:
-    """Print every ratio, and its bar where it has one."""
-    bars = {(name, ratio): (bar, met) for name, ratio, _, bar, met in verdicts(results)}
-    print(f"\n{'workload':<13}{'ratio':<22}{'value':>10}  bar")
+def show(results: Mapping[str, Result], machine: Machine) -> None:
+    """Print every ratio, its spread over the repeats and its bar where it has one."""
+    bars = verdicts(results, machine)
+    print(f"\n{'workload':<13}{'ratio':<28}{'median':>10}  {'least to most':<18}bar")
     for name, result in results.items():
-        for ratio, value in result["ratios"].items():
+        ratios = result["ratios"]
+        for ratio in (ratio for ratio in ratios if not ratio.endswith("_spread")):
             bar, met = bars.get((name, ratio), ("", True))
-            print(f"{name:<13}{ratio:<22}{value:>10}  {bar}{'' if met else '  MISSED'}")
+            spread = " to ".join(map(str, ratios.get(f"{ratio}_spread", ())))
+            print(f"{name:<13}{ratio:<28}{ratios[ratio]:>10}  {spread:<18}{bar}{'' if met else '  MISSED'}")
 
 
 def main() -> None:
@@ -248,18 +378,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     every = (*WORKLOADS, *SINGLES, "dag", "null")
     parser.add_argument("--quick", action="store_true", help="less than ten minutes: a part, once, on the one engine")
-    parser.add_argument("--only", nargs="+", choices=every, help="workloads to run")
+    parser.add_argument("--gpu", action="store_true", help="on one NVIDIA GPU, with models of 1.4 and 6.6 B parameters")
+    parser.add_argument(
+        "--only", nargs="+", choices=every, help="workloads to run; of others bench.json keeps what it has"
+    )
     parser.add_argument("--repeats", type=int, help=f"default: {REPEATS}, with --quick 1")
     arguments = parser.parse_args()
-    quick = arguments.quick
+    quick, machine = arguments.quick, GPU if arguments.gpu else CPU
     OUT.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     repeats = arguments.repeats or (1 if quick else REPEATS)
-    results = run(arguments.only or (IN_QUICK if quick else every), quick, repeats)
-    (OUT / "bench.json").write_text(json.dumps({"workloads": results}, indent=1))
-    drawn = plots.draw(results, OUT)
-    show(results)
-    print(f"\nbench: took {time.monotonic() - started:.0f} s; {OUT / 'bench.json'} and {len(drawn)} plots")
+    written = OUT / "bench.json"
+    kept = json.loads(written.read_text())["workloads"] if arguments.only and written.exists() else {}
+    results = {}
+    for name, result in run(arguments.only or (IN_QUICK if quick else every), machine, quick, repeats):
+        results[name] = result
+        # After each: an hour's measuring should not be lost to its last minute.
+        written.write_text(json.dumps({"workloads": kept | results}, indent=1))
+    show(results, machine)
+    drawn = plots.draw(kept | results, OUT)
+    print(f"\nbench: took {time.monotonic() - started:.0f} s; {written} and {len(drawn)} plots")
 
 
 if __name__ == "__main__":

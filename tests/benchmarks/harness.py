@@ -55,12 +55,13 @@ class Timing:
 class Bench:
     """One cluster, one model of a size, and the ways to ask it."""
 
-    def __init__(self, cluster: Cluster, model: Path, engine_kwargs: Mapping[str, Any], cpus: float = 0.5) -> None:
+    def __init__(self, cluster: Cluster, model: Path, engine_kwargs: Mapping[str, Any], gpus: int, cpus: float) -> None:
         self.cluster = cluster
         self.model = model
         self.engine_kwargs = dict(engine_kwargs)
         self.engine: dict[str, Any] = {}
         self.endpoint = ""
+        self._gpus = gpus
         self._cpus = cpus
         self._offline: subprocess.Popen[str] | None = None
 
@@ -69,7 +70,7 @@ class Bench:
         spec = {
             "name": name,
             "model": str(self.model),
-            "gpus": 0,
+            "gpus": self._gpus,
             "cpus": self._cpus,
             "engine_kwargs": self.engine_kwargs,
             "lease": {"idle_timeout": 7200},
@@ -111,33 +112,36 @@ class Bench:
                 time.sleep(1)
             yield
 
-    def ours(self, workload: Workload, source: Path, **batch: Any) -> Timing:
-        """Run the shipped pipeline as a task does."""
-        output = self.cluster.folder / f"out-{time.monotonic_ns()}"
-        request = {
-            "source": str(source),
-            "prompt": "${text}",
-            "output": str(output),
-            **sampling(workload),
-            **workload.batch,
-            **batch,
-        }
+    def ours(self, workload: Workload, *sources: Path, **batch: Any) -> Timing:
+        """Run the shipped pipeline as a task does; several sources are several tasks at a time."""
+        outputs = [self.cluster.folder / f"out-{time.monotonic_ns()}-{number}" for number in range(len(sources))]
         with _watch(self._session()) as memory:
             started = time.time()
-            job = self.cluster.start("infer", {"engine": self.engine, "batch": request})
-            report = self.cluster.finish(job, timeout=JOB_TIMEOUT_S)[0]
+            jobs = [
+                self.cluster.start(
+                    "infer",
+                    {
+                        "engine": self.engine,
+                        "batch": {"source": str(source), "output": str(output), **workload.question, **batch},
+                    },
+                )
+                for source, output in zip(sources, outputs, strict=True)
+            ]
+            reports = [self.cluster.finish(job, timeout=JOB_TIMEOUT_S)[0] for job in jobs]
             ended = time.time()
-        if report["rows_written"] != workload.rows:
-            raise RuntimeError(f"{report} of {workload.rows} rows")
-        parts = sorted(output.glob("part-*"), key=lambda path: path.stat().st_mtime)
+        for report in reports:
+            if report["rows_written"] != workload.rows:
+                raise RuntimeError(f"{report} of {workload.rows} rows")
+        parts = sorted((p for output in outputs for p in output.glob("part-*")), key=lambda p: p.stat().st_mtime)
         outcome = {
             "first_at": parts[0].stat().st_mtime,
             "last_at": parts[-1].stat().st_mtime,
             "first_rows": pq.read_metadata(parts[0]).num_rows,
-            "rows": report["rows_written"],
-            "completion_tokens": report["completion_tokens"],
+            "rows": workload.rows * len(sources),
+            "completion_tokens": sum(report["completion_tokens"] for report in reports),
         }
-        shutil.rmtree(output)
+        for output in outputs:
+            shutil.rmtree(output)
         return _timing(outcome, started, ended, memory[0])
 
     def processor(self, contender: str, workload: Workload, source: Path) -> Timing:
@@ -147,13 +151,15 @@ class Bench:
             "contender": contender,
             "source": str(source),
             "blocks": max(workload.rows // 256, 4),
-            "sampling": sampling(workload),
+            "sampling": workload.sampling,
+            "turns": workload.turns,
             "deployment": self.engine.get("deployment"),
             "application": self.engine.get("application"),
             "model": str(self.model),
             "endpoint": self.endpoint,
             "model_source": str(self.model),
             "engine_kwargs": self.engine_kwargs,
+            "bundle": {"CPU": self._cpus, **({"GPU": self._gpus} if self._gpus else {})},
             "environ": ENGINE_ENVIRON,
         }
         request.write_text(json.dumps(task))
@@ -185,11 +191,6 @@ class Bench:
 
     def _session(self) -> int:
         return int(json.loads((self.cluster.folder / "ray" / "cluster.json").read_text())["pid"])
-
-
-def sampling(workload: Workload) -> dict[str, Any]:
-    """Return the sampling parameters that every contender gets."""
-    return {"max_tokens": workload.max_tokens, "ignore_eos": True, "temperature": 0}
 
 
 def as_json(timing: Timing) -> dict[str, float]:

@@ -11,33 +11,69 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # after the backend is chosen: there is no screen here
+from matplotlib.axes import Axes
+
+OURS, OTHERS = "#3060a0", "#b0b0b0"
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw one picture per kind of result that is there; return the files."""
+    """Draw what the results have: contenders side by side, and rows/s against the window; return the files."""
     drawn = []
-    for name, result in results.items():
-        rates = {c: v["rows_per_s"] for c, v in result["contenders"].items() if "rows_per_s" in v}
-        if len(rates) > 1:
-            drawn.append(_bars(name, rates, folder / f"{name}.png"))
+    rates = {name: _rates(result) for name, result in results.items() if name != "concurrency"}
+    compared = {name: of for name, of in rates.items() if len(of) > 1 and "ours" in of}
+    if compared:
+        drawn.append(_throughput(compared, folder / "throughput.png"))
+    if "concurrency" in results:
+        drawn.append(_concurrency(_rates(results["concurrency"]), folder / "concurrency.png"))
     return drawn
 
 
-def _bars(name: str, rates: Mapping[str, float], path: Path) -> Path:
-    figure, axes = pyplot.subplots(figsize=(6, 0.6 + 0.45 * len(rates)))
-    bars = axes.barh(
-        list(rates),
-        list(rates.values()),
-        color=["#3060a0" if c.startswith(("ours", "window")) else "#b0b0b0" for c in rates],
+def _rates(result: Mapping[str, Any]) -> dict[str, float]:
+    return {name: values["rows_per_s"] for name, values in result["contenders"].items() if "rows_per_s" in values}
+
+
+def _throughput(rates: Mapping[str, Mapping[str, float]], path: Path) -> Path:
+    figure, axes = pyplot.subplots(
+        len(rates),
+        squeeze=False,
+        figsize=(7, sum(0.7 + 0.3 * len(of) for of in rates.values())),
+        height_ratios=[1 + len(of) for of in rates.values()],
     )
-    axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.invert_yaxis()
-    axes.set_xlabel("rows/s, first to last row")
-    axes.set_title(name)
-    axes.margins(x=0.12)
+    for (name, of), place in zip(rates.items(), axes[:, 0], strict=True):
+        bars = place.barh(list(of), list(of.values()), color=[OURS if c == "ours" else OTHERS for c in of])
+        place.bar_label(bars, fmt="%.0f", padding=3)
+        place.invert_yaxis()
+        place.set_title(f"{name}: rows/s, first to last row", fontsize=10, loc="left")
+        place.margins(x=0.12)
+        _plain(place)
+    return _save(figure, path)
+
+
+def _concurrency(rates: Mapping[str, float], path: Path) -> Path:
+    figure, axes = pyplot.subplots(figsize=(7, 3.2))
+    windows, tasks = (
+        {int(name.removeprefix(kind)): rate for name, rate in rates.items() if name.startswith(kind)}
+        for kind in ("window_", "tasks_")
+    )
+    axes.plot(list(windows), list(windows.values()), marker="o", color=OURS, label="one task, blocks of 64 rows")
+    for style, (number, rate) in zip(("--", ":"), tasks.items(), strict=True):
+        axes.axhline(rate, linestyle=style, color="#606060", label=f"{number} at a time, default window")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("rows on their way at a time (in_flight_rows)")
+    axes.set_ylabel("rows/s")
+    axes.legend(frameon=False)
+    _plain(axes)
+    return _save(figure, path)
+
+
+def _plain(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _save(figure: Any, path: Path) -> Path:
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
     return path

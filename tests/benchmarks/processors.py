@@ -7,6 +7,7 @@ Reads the task as JSON from the file named first and writes {"first_at", "last_a
 import json
 import sys
 import time
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from ray.data.llm import (
     vLLMEngineProcessorConfig,
 )
 
-# Beside an engine on two cores no stage can have a whole CPU.
-FRACTION = {"num_cpus": 0.1}
+# Beside engines on two cores no stage can have a whole CPU.
+FRACTION = {"num_cpus": 0.05}
 
 
 def _stock(task: dict[str, Any]) -> Any:
@@ -59,6 +60,12 @@ def _http(task: dict[str, Any]) -> Any:
 
 
 def _private(task: dict[str, Any]) -> Any:
+    """An engine for every turn of the conversation, all loaded at a time: rows stream from one to the next."""
+    turns = [_private_turn(task) for _ in range(task["turns"])]
+    return lambda rows: reduce(lambda answered, turn: turn(answered), turns, rows)
+
+
+def _private_turn(task: dict[str, Any]) -> Any:
     config = vLLMEngineProcessorConfig(
         model_source=task["model_source"],
         engine_kwargs={**task["engine_kwargs"], "distributed_executor_backend": "mp"},
@@ -66,13 +73,20 @@ def _private(task: dict[str, Any]) -> Any:
         chat_template_stage=False,
         tokenize_stage={"enabled": True, **FRACTION},
         detokenize_stage={"enabled": True, **FRACTION},
-        placement_group_config={"bundles": [{"CPU": 0.5}]},
+        placement_group_config={"bundles": [task["bundle"]]},
         runtime_env={"env_vars": task["environ"]},
     )
     return build_processor(
         config,
-        preprocess=lambda row: {"prompt": row["text"], "sampling_params": task["sampling"]},
-        postprocess=lambda row: {"tokens": row["num_generated_tokens"]},
+        preprocess=lambda row: {
+            "prompt": row["text"],
+            "sampling_params": task["sampling"],
+            "tokens": row.get("tokens", 0),
+        },
+        postprocess=lambda row: {
+            "text": row["prompt"] + row["generated_text"],
+            "tokens": row["tokens"] + row["num_generated_tokens"],
+        },
         preprocess_map_kwargs=FRACTION,
         postprocess_map_kwargs=FRACTION,
     )
