@@ -18,6 +18,8 @@ from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT
 from airflow_provider_raylm.specs import EngineSpec
 
+# Ray's own choice for engines.
+PLACEMENT = "PACK"
 # Serve looks so often whether a replica that is to go still answers, and first looks after that time: 2 s by default.
 SHUTDOWN_LOOK_S = 0.2
 # Serve imports it in the replica.
@@ -49,7 +51,7 @@ def llm_deployment(spec: EngineSpec) -> Any:
         max_ongoing_requests=spec.max_ongoing_requests,
         ray_actor_options={"num_cpus": spec.cpus, "runtime_env": runtime_env},
         placement_group_bundles=bundles(spec),
-        placement_group_strategy="PACK",
+        placement_group_strategy=PLACEMENT,
         # A start that failed fails again; the task's own retry is the place to try once more.
         max_constructor_retry_count=1,
         # A replica that computes on the CPU answers late when the machine is busy; that is not ill health.

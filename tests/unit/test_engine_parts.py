@@ -1,9 +1,12 @@
 """What deploying decides without a cluster: what is asked for, what lacks, why a start failed, when a lease is over."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from airflow_provider_raylm.cluster.engine import root_cause
 from airflow_provider_raylm.cluster.lease import expiry
+from airflow_provider_raylm.cluster.llm import PLACEMENT, llm_config
 from airflow_provider_raylm.cluster.resources import bundles, shortage
 from airflow_provider_raylm.specs import EngineSpec, Lease
 
@@ -23,6 +26,28 @@ def test_what_a_replica_asks_for():
         {"GPU": 1, "CPU": 2, "accelerator_type:H100": 0.001},
         {"GPU": 1, "accelerator_type:H100": 0.001},
     ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"gpus": 0, "cpus": 4},
+        {"gpus": 0.5},
+        {"tensor_parallel_size": 2, "accelerator_type": "H100", "cpus": 2},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    ],
+)
+def test_ray_asks_for_the_same(fields, monkeypatch):
+    """The driver deploys without Ray's own translation, which the replica's engine then relies on."""
+    from ray.serve.llm.deployment import LLMServer
+
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(runtime_env={}))
+    options = LLMServer.get_deployment_options(llm_config(spec(**fields)))
+    asked = [
+        {name: amount for name, amount in bundle.items() if amount} for bundle in options["placement_group_bundles"]
+    ]
+    assert (asked, options["placement_group_strategy"]) == (bundles(spec(**fields)), PLACEMENT)
 
 
 @pytest.mark.parametrize(
