@@ -93,12 +93,18 @@ class BlockLLMServer(LLMServer):
             question = self._question(json.loads(fields), chat=not isinstance(contents[0], str))
         except Exception as error:
             return [self._refusal(error)] * len(contents)
+        rendered: list[Any] | None = None
         if question.tokenize is not None:
-            # If one cannot be tokenised all stay text: rendered one by one, it is that row's fault alone.
+            # If one cannot be tokenised, or rendered, none is: one by one, it is that row's fault alone.
             with suppress(Exception):
                 contents = await asyncio.get_running_loop().run_in_executor(_TOKENIZER, question.tokenize, contents)
+                rendered = await question.render(question.request.model_copy(update={question.field: contents}))
         block = uuid4().hex
-        tasks = [asyncio.create_task(self._answer(question, f"{block}-{i}", row)) for i, row in enumerate(contents)]
+        if isinstance(rendered, list):
+            rows = [self._generate(question, f"{block}-{i}", inputs) for i, inputs in enumerate(rendered)]
+        else:
+            rows = [self._answer(question, f"{block}-{i}", content) for i, content in enumerate(contents)]
+        tasks = [asyncio.create_task(row) for row in rows]
         try:
             _, late = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
             for task in tasks:
@@ -145,9 +151,13 @@ class BlockLLMServer(LLMServer):
             return _of_layer(response)
         # A chat is rendered to (conversation, inputs), a completion to inputs.
         (inputs,) = response[1] if isinstance(response, tuple) else response
+        return await self._generate(question, request_id, inputs)
+
+    async def _generate(self, question: _Question, request_id: str, inputs: Any) -> Answer | Refusal:
+        """Answer one row from what the engine takes: token ids, and what else belongs to them."""
         try:
             stream = self.engine._engine_client.generate(
-                inputs, question.sampling, request_id, priority=request.priority
+                inputs, question.sampling, request_id, priority=question.request.priority
             )
             outputs = [one async for one in stream]
         except Exception as error:

@@ -150,7 +150,8 @@ class Bench:
         task = {
             "contender": contender,
             "source": str(source),
-            "blocks": max(workload.rows // 256, 4),
+            # As many as ours makes of the table: rates are taken from the first block that comes out.
+            "blocks": max(workload.rows // workload.batch.get("block_rows", 256), 4),
             "sampling": workload.sampling,
             "turns": workload.turns,
             "deployment": self.engine.get("deployment"),
