@@ -12,14 +12,13 @@ Jobs end at once. The same contract suite runs against this class and against re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from airflow_provider_raylm.errors import EngineError, RayLMError, to_wire
+from airflow_provider_raylm.errors import EngineError, RayLMError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT, application_name, fingerprint
 from airflow_provider_raylm.polling import FAILED, STOPPED, SUCCEEDED, TERMINAL, JobInfo
@@ -37,7 +36,7 @@ from airflow_provider_raylm.specs import (
     Value,
     build,
 )
-from airflow_provider_raylm.wire import ERROR_SENTINEL, RESULT_SENTINEL, SAID
+from airflow_provider_raylm.wire import error_line, result_line, said_line
 
 
 @dataclass
@@ -112,17 +111,17 @@ class FakeRayJobs:
             return False
         request.wire()
         self.submitted.append(request)
-        said = SAID + f"{request.verb} on a fake cluster\n"
+        said = said_line(f"{request.verb} on a fake cluster")
         try:
             failures = self._failures.get(request.metadata.get("task_id", ""))
             if failures:
                 raise failures.pop(0)
             result = self._verbs()[request.verb](dict(request.payload), request)
         except RayLMError as error:
-            log = said + ERROR_SENTINEL + json.dumps(to_wire(error)) + "\n"
+            log = f"{said}\n{error_line(error)}\n"
             self._jobs[request.submission_id] = (JobInfo(FAILED, "the job failed"), log)
         else:
-            log = said + RESULT_SENTINEL + result.model_dump_json() + "\n"
+            log = f"{said}\n{result_line(result.model_dump(mode='json'))}\n"
             self._jobs[request.submission_id] = (JobInfo(SUCCEEDED), log)
         return True
 

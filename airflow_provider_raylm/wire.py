@@ -7,10 +7,11 @@ sentinel line of the job's log. Both sides import this module, so it needs neith
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.errors import ClusterError, from_wire
+from airflow_provider_raylm.errors import ClusterError, from_wire, to_wire
 
 REQUEST_VARIABLE = "RAYLM_REQUEST"
 RESULT_SENTINEL = "RAYLM-RESULT "
@@ -18,6 +19,22 @@ ERROR_SENTINEL = "RAYLM-ERROR "
 
 SAID = "raylm: "
 """Begins every line that a job prints for the task's log; any other line is noise of the libraries below."""
+
+
+def said_line(words: str) -> str:
+    """Return *words* as one line for the task's log, whatever is in them."""
+    return SAID + " ".join(words.splitlines())
+
+
+def result_line(result: Mapping[str, Any]) -> str:
+    """Return a job's result, JSON values, as the line that ``outcome`` finds."""
+    # ASCII: the JSON of pydantic leaves characters in strings at which a log is cut into lines, such as U+2028.
+    return RESULT_SENTINEL + json.dumps(result)
+
+
+def error_line(error: BaseException) -> str:
+    """Return a job's error as the line that ``outcome`` finds."""
+    return ERROR_SENTINEL + json.dumps(to_wire(error))
 
 
 def outcome(log: str, message: str = "") -> dict[str, Any]:

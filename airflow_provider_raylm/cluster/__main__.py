@@ -17,14 +17,14 @@ from typing import Any
 import ray
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.errors import ClusterError, RayLMError, to_wire
+from airflow_provider_raylm.errors import ClusterError, RayLMError
 from airflow_provider_raylm.specs import BatchSpec, EngineRef, EngineSpec, Labels, Value, build
-from airflow_provider_raylm.wire import ERROR_SENTINEL, REQUEST_VARIABLE, RESULT_SENTINEL, SAID
+from airflow_provider_raylm.wire import REQUEST_VARIABLE, error_line, result_line, said_line
 
 
 def say(line: str) -> None:
     """Print a line for the task's log."""
-    print(SAID + line, flush=True)
+    print(said_line(line), flush=True)
 
 
 def _deploy(payload: dict[str, Any]) -> Value:
@@ -43,7 +43,7 @@ def _infer(payload: dict[str, Any]) -> Value:
 def _teardown(payload: dict[str, Any]) -> Value:
     from airflow_provider_raylm.cluster import engine
 
-    return engine.teardown(payload["application"], say)
+    return engine.teardown(say=say, **payload)
 
 
 def _sweep(payload: dict[str, Any]) -> Value:
@@ -89,9 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if not isinstance(error, RayLMError):
             traceback.print_exc()
-        print(ERROR_SENTINEL + json.dumps(to_wire(error)), flush=True)
+        print(error_line(error), flush=True)
         return 1
-    print(RESULT_SENTINEL + result.model_dump_json(), flush=True)
+    print(result_line(result.model_dump(mode="json")), flush=True)
     return 0
 
 

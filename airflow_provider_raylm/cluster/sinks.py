@@ -60,7 +60,7 @@ class Folder:
 
     def write(self, table: pa.Table) -> None:
         """Write *table* as one part file, named after the ids in it: the same rows never become two files."""
-        digest = hashlib.sha256("\n".join(table[ROW_ID].to_pylist()).encode()).hexdigest()[:20]
+        digest = hashlib.sha256(json.dumps(table[ROW_ID].to_pylist()).encode()).hexdigest()[:20]
         self.write_bytes(f"{PART}{digest}.{self.format}", _encode(table, self.format))
 
     def write_bytes(self, name: str, content: bytes) -> None:
