@@ -131,6 +131,11 @@ class EngineSpec(Value):
     log_engine_metrics: bool = Field(
         False, description="Publish vLLM's metrics on Ray's Prometheus port; costs throughput (see performance)."
     )
+    hang_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds without a sign of life after which a replica is replaced; default 90, on CPUs 360.",
+    )
     deploy_timeout: float = Field(1800, gt=0, description="Seconds until the engine must be up.")
     scale_up_timeout: float = Field(
         30, ge=0, description="Seconds a cluster that is too small in total gets to grow before the deploy fails."
@@ -297,12 +302,21 @@ class BatchSpec(Step):
         description="Rows on their way at a time, rounded up to blocks; default: twice what the engine works on.",
     )
     request_timeout: float = Field(600, gt=0, description="Seconds per row in the engine; then it fails.")
+    engine_timeout: float = Field(900, gt=0, description="Seconds that a failed engine may take to be back.")
     deduplicate: bool = Field(
         False, description="Ask rows with the same question once; needs temperature 0, where the answers are the same."
     )
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"overwrite", "error_budget", "block_rows", "in_flight_rows", "request_timeout", "deduplicate"}
+        {
+            "overwrite",
+            "error_budget",
+            "block_rows",
+            "in_flight_rows",
+            "request_timeout",
+            "engine_timeout",
+            "deduplicate",
+        }
     )
 
     @model_validator(mode="after")
@@ -447,7 +461,12 @@ class EngineInfo(Value):
     fingerprint: str
     labels: Labels
     age_seconds: float
+    working: tuple[str, ...] = Field((), description="Outputs of the tasks that are at work on it.")
     usage: EngineUsage = Field(default_factory=EngineUsage)
+
+
+OnBusy = Literal["wait", "fail", "delete"]
+"""What a teardown does while tasks work on the engine: wait for them, fail, or delete it under them."""
 
 
 class TeardownReport(Value):

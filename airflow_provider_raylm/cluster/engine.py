@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import ray
 from ray import serve
@@ -36,6 +37,7 @@ from airflow_provider_raylm.specs import (
     EngineSpec,
     EngineUsage,
     Labels,
+    OnBusy,
     SweepReport,
     TeardownReport,
 )
@@ -102,15 +104,31 @@ def require_running(application: str) -> None:
     """
     status = _status(application)
     if status is None:
-        raise EngineError(
-            f"The engine {application} is gone: torn down, its lease ran out, or Ray was restarted. Clear the deploy "
-            "task together with this one (Airflow clears this task and the teardown with it)."
-        )
+        raise EngineError(_gone(application))
     if status.status != ApplicationStatus.RUNNING:
         raise EngineError(
             f"The engine {application} is {status.status.value}: {_deployment_message(status)} Clear the deploy task "
             "together with this one to start it anew."
         )
+
+
+def require_there(application: str) -> None:
+    """Return when the engine is there, well or not.
+
+    Raises:
+        EngineError: it is gone, or going.
+    """
+    status = _status(application)
+    if status is None or status.status == ApplicationStatus.DELETING:
+        raise EngineError(_gone(application))
+
+
+def trouble(application: str) -> str | None:
+    """Return what is the matter with an engine that is there, or None when all is well."""
+    status = _status(application)
+    if status is None or status.status == ApplicationStatus.RUNNING:
+        return None
+    return f"{status.status.value}, {_show_states(status)}"
 
 
 @contextmanager
@@ -149,32 +167,44 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def renew(application: str) -> None:
-    """Renew the lease; a renewal that does not get through is only a missed one."""
-    try:
-        serve.get_app_handle(application).renew.remote().result(timeout_s=LEASE_CALL_TIMEOUT_S)
-    except (RayError, RayServeException, TimeoutError):
-        return
+def renew(application: str, output: str | None = None) -> None:
+    """Renew the lease, for the task that writes *output*; a renewal that does not get through is only a missed one."""
+    _tell_lease(application, "renew", output)
+
+
+def release(application: str, output: str) -> None:
+    """Say that the task that writes *output* has ended; if that does not get through, its silence will."""
+    _tell_lease(application, "release", output)
 
 
 def record(application: str, report: BatchReport) -> None:
     """Add a task's report to the engine's usage; losing it costs a figure, not a row."""
-    try:
-        handle = serve.get_app_handle(application)
-        handle.record.remote(report.model_dump(mode="json")).result(timeout_s=LEASE_CALL_TIMEOUT_S)
-    except (RayError, RayServeException, TimeoutError):
-        return
+    _tell_lease(application, "record", report.model_dump(mode="json"))
 
 
-def teardown(application: str, say: Say) -> TeardownReport:
+def _tell_lease(application: str, method: str, argument: Any) -> None:
+    with suppress(RayError, RayServeException, TimeoutError):
+        lease = serve.get_app_handle(application)
+        getattr(lease, method).remote(argument).result(timeout_s=LEASE_CALL_TIMEOUT_S)
+
+
+def teardown(application: str, say: Say, on_busy: OnBusy = "delete", drain_timeout: float = 0) -> TeardownReport:
     """Delete one engine and wait until it is gone and what it held is free. Missing already is success.
 
+    Args:
+        application: the engine.
+        say: receives progress lines.
+        on_busy: what to do while tasks work on it.
+        drain_timeout: seconds to wait for them at most, with "wait"; then it is deleted under them.
+
     Raises:
-        EngineError: it is still there after five minutes.
+        EngineError: tasks work on it, with "fail"; or it is still there after five minutes.
     """
     if _status(application) is None:
         say(f"engine {application} is not there: nothing to do")
         return TeardownReport(application=application, existed=False, resources_free=_is_free(application))
+    if on_busy != "delete":
+        _drain(application, drain_timeout if on_busy == "wait" else 0, on_busy == "fail", say)
     info = describe(application)
     serve.delete(application, _blocking=False)
     if not _wait_until_absent(application, DELETE_TIMEOUT_S):
@@ -190,6 +220,22 @@ def teardown(application: str, say: Say) -> TeardownReport:
         usage=info.usage if info else EngineUsage(),
         resources_free=_is_free(application),
     )
+
+
+def _drain(application: str, timeout: float, refuse: bool, say: Say) -> None:
+    end = time.monotonic() + timeout
+    said: tuple[str, ...] = ()
+    while (info := describe(application)) is not None and info.working:
+        who = f"{application} is at work on {', '.join(info.working)}"
+        if refuse:
+            raise EngineError(f"{who}. Run the teardown again when that is done, or with another on_busy.")
+        if time.monotonic() >= end:
+            say(f"{who} after {timeout:g} s (drain_timeout): deleting it")
+            return
+        if info.working != said:
+            say(f"{who}: waiting until it is done, at most {timeout:g} s (drain_timeout)")
+            said = info.working
+        time.sleep(POLL_PERIOD_S)
 
 
 def sweep(delete: tuple[str, ...], max_age: float | None, installation: str, say: Say) -> SweepReport:
@@ -225,6 +271,13 @@ def describe(application: str) -> EngineInfo | None:
         return None
     return EngineInfo(
         application=application, status=status.status.value, fingerprint=_fingerprint_of(status) or "", **about
+    )
+
+
+def _gone(application: str) -> str:
+    return (
+        f"The engine {application} is gone: torn down, its lease ran out, or Ray was restarted. Clear the deploy "
+        "task together with this one (Airflow clears this task and the teardown with it)."
     )
 
 

@@ -15,6 +15,8 @@ from ray import serve
 from airflow_provider_raylm.specs import BatchReport, EngineUsage, Labels, Lease
 
 CHECK_PERIOD_S = 5.0
+# A task renews every 10 seconds; one that missed three is dead.
+WORKING_S = 30.0
 
 
 def expiry(bounds: Lease, deployed_at: float, renewed_at: float, now: float) -> str | None:
@@ -52,12 +54,20 @@ class LeaseKeeper:
         self._bounds = Lease.model_validate(bounds)
         self._deployed_at = deployed_at
         self._renewed_at = idle_from
+        self._working: dict[str, float] = {}
         self._usage = EngineUsage()
         threading.Thread(target=self._delete_when_over, name="raylm-lease", daemon=True).start()
 
-    async def renew(self) -> None:
-        """Say that somebody is working."""
+    async def renew(self, output: str | None = None) -> None:
+        """Begin the idle time anew; if *output* is given, the task that writes it is working."""
         self._renewed_at = time.time()
+        if output is not None:
+            self._working[output] = self._renewed_at
+
+    async def release(self, output: str) -> None:
+        """Say that it is not any more."""
+        self._renewed_at = time.time()
+        self._working.pop(output, None)
 
     async def record(self, report: dict[str, Any]) -> None:
         """Add a finished task's report to the engine's usage."""
@@ -65,10 +75,12 @@ class LeaseKeeper:
         self._usage = self._usage.plus(BatchReport.model_validate(report))
 
     async def describe(self) -> dict[str, Any]:
-        """Return labels, age in seconds and usage, as JSON values."""
+        """Return labels, age in seconds, who is working, and usage, as JSON values."""
+        now = time.time()
         return {
             "labels": self._labels.model_dump(),
-            "age_seconds": time.time() - self._deployed_at,
+            "age_seconds": now - self._deployed_at,
+            "working": [output for output, renewed_at in self._working.items() if now - renewed_at < WORKING_S],
             "usage": self._usage.model_dump(),
         }
 

@@ -22,6 +22,9 @@ from airflow_provider_raylm.specs import EngineSpec
 PLACEMENT = "PACK"
 # Serve looks so often whether a replica that is to go still answers, and first looks after that time: 2 s by default.
 SHUTDOWN_LOOK_S = 0.2
+HEALTH_CHECK_PERIOD_S = 10
+# By whether it has a GPU: an engine on CPUs answers late when the machine is busy; that is not ill health.
+_HANG_TIMEOUT_S = {True: 90.0, False: 360.0}
 # Serve imports it in the replica.
 _SERVER = f"{__package__}.server.BlockLLMServer"
 
@@ -54,9 +57,9 @@ def llm_deployment(spec: EngineSpec) -> Any:
         placement_group_strategy=PLACEMENT,
         # A start that failed fails again; the task's own retry is the place to try once more.
         max_constructor_retry_count=1,
-        # A replica that computes on the CPU answers late when the machine is busy; that is not ill health.
-        health_check_period_s=10 if spec.gpus else 30,
-        health_check_timeout_s=30 if spec.gpus else 120,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        # Serve gives a replica up after three checks without an answer.
+        health_check_timeout_s=(spec.hang_timeout or _HANG_TIMEOUT_S[spec.gpus > 0]) / 3,
         graceful_shutdown_timeout_s=20,
         graceful_shutdown_wait_loop_s=SHUTDOWN_LOOK_S,
         **replicas,

@@ -7,6 +7,7 @@ any engine answers. The driver only counts.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 import time
@@ -22,6 +23,7 @@ from ray import serve
 from ray.data import ActorPoolStrategy, DataContext
 
 from airflow_provider_raylm.cluster import engine
+from airflow_provider_raylm.cluster.recovery import Recovery
 from airflow_provider_raylm.cluster.report import Tally, count_block
 from airflow_provider_raylm.cluster.sinks import Output, checksum, task_fingerprint
 from airflow_provider_raylm.cluster.source import (
@@ -35,7 +37,7 @@ from airflow_provider_raylm.cluster.source import (
     read_blocks,
     schema_of,
 )
-from airflow_provider_raylm.cluster.stage import BlockAnswerer, once, through_handle
+from airflow_provider_raylm.cluster.stage import BlockAnswerer, once, through_handle, until_well
 from airflow_provider_raylm.cluster.window import in_order, window
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef
@@ -47,6 +49,8 @@ SAY_PERIOD_S = 30.0
 STAGE_CPUS = 0.1
 CPU_WAIT_S = 120.0
 CAPACITY_TIMEOUT_S = 60.0
+WRITER_END_S = 2.0
+NAMESPACE = "raylm"
 
 Say = Callable[[str], None]
 
@@ -64,6 +68,8 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
     columns = _columns(spec, files)
     check_ids(files, spec)
     mark = task_fingerprint(spec, ref.fingerprint, files)
+    writer = _writer(spec.output)
+    _wait_for_other_attempt(writer, spec.output, say)
     output = Output(spec, mark)
     finished = output.prepare()
     if finished is not None:
@@ -75,9 +81,9 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
     say(f"{len(files)} files, {tally.total if tally.total is not None else 'unknown'} rows to answer")
     if len(done):
         say(f"{len(done)} rows are there from an earlier attempt")
-    with engine.explained(ref.application), _heartbeat(ref.application, tally, started, say):
+    with engine.explained(ref.application), _heartbeat(ref.application, spec.output, tally, started, say):
         _require_cpus()
-        for block in _blocks(spec, ref, mark, files, columns_to_read(spec, columns), done):
+        for block in _blocks(spec, ref, mark, files, columns_to_read(spec, columns), done, writer):
             tally.add(block)
     if tally.total is not None and tally.rows != tally.total:
         raise BatchError(f"{tally.rows} rows were answered, but {tally.total} were to be; the output is not complete.")
@@ -117,10 +123,42 @@ def _report(spec: BatchSpec, ref: EngineRef, mark: str, tally: Tally, already_do
     )
 
 
+def _writer(output: str) -> str:
+    """Return the name of the one actor on the cluster that may write *output*."""
+    return f"writes-{hashlib.sha256(output.encode()).hexdigest()[:20]}"
+
+
+def _wait_for_other_attempt(writer: str, output: str, say: Say) -> None:
+    """Return when nobody else writes *output*: two attempts would each answer what the other has not written yet."""
+    waited = False
+    while _is_there(writer):
+        if not waited:
+            say(f"another attempt is writing {output}: waiting until it has ended")
+        waited = True
+        time.sleep(1)
+    if waited:
+        # Ray gives an actor's name free before the process has ended.
+        time.sleep(WRITER_END_S)
+
+
+def _is_there(actor: str) -> bool:
+    try:
+        ray.get_actor(actor, NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
 def _blocks(
-    spec: BatchSpec, ref: EngineRef, mark: str, files: list[SourceFile], columns: list[str] | None, done: pa.Array
+    spec: BatchSpec,
+    ref: EngineRef,
+    mark: str,
+    files: list[SourceFile],
+    columns: list[str] | None,
+    done: pa.Array,
+    writer: str,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the counts of each block as it is written."""
+    """Yield the counts of each block as it is written, by an actor named *writer*."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -140,6 +178,9 @@ def _blocks(
         num_cpus=STAGE_CPUS,
         # A new actor would begin with the first row; a new attempt of the task begins with the first that is missing.
         max_restarts=0,
+        # Ray refuses a second actor of this name, from any job, until this one has died, with its driver or before.
+        name=writer,
+        namespace=NAMESPACE,
     )
     yield from counts.iter_rows()
 
@@ -160,7 +201,9 @@ class AnswerAndWrite:
         to = EngineRef.model_validate(ref)
         handle = serve.get_deployment_handle(to.deployment, to.application)
         self._window = window(task.in_flight_rows, task.block_rows, to.replicas * _capacity(handle))
-        ask = through_handle(handle, task.request_timeout)
+        ask = Recovery(
+            through_handle(handle, task.request_timeout), until_well(handle, to.application, task.engine_timeout)
+        )
         self._answerer = BlockAnswerer(task, to.model, once(ask) if task.deduplicate else ask)
         self._output = Output(task, mark)
         self._read = partial(
@@ -248,23 +291,29 @@ def _require_cpus() -> None:
 
 
 @contextmanager
-def _heartbeat(application: str, tally: Tally, started: float, say: Say) -> Iterator[None]:
+def _heartbeat(application: str, output: str, tally: Tally, started: float, say: Say) -> Iterator[None]:
     """Renew the engine's lease and print progress while the body runs."""
     over = threading.Event()
 
     def beat() -> None:
         said_at = time.monotonic()
+        said_trouble = None
         while not over.wait(HEARTBEAT_PERIOD_S):
-            engine.renew(application)
+            engine.renew(application, output)
+            trouble = engine.trouble(application)
+            if trouble and trouble != said_trouble:
+                say(f"the engine is not well: {trouble}; what was on its way is asked again when it is back")
+            said_trouble = trouble
             if time.monotonic() - said_at >= SAY_PERIOD_S - HEARTBEAT_PERIOD_S / 2:
                 said_at = time.monotonic()
                 say(tally.line(said_at - started))
 
     thread = threading.Thread(target=beat, name="raylm-heartbeat", daemon=True)
-    engine.renew(application)
+    engine.renew(application, output)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join(timeout=engine.LEASE_CALL_TIMEOUT_S)
+        engine.release(application, output)

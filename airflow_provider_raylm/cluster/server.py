@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from airflow_provider_raylm.cluster.llm import llm_config
+from airflow_provider_raylm.cluster.recovery import Gate
 from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.specs import EngineSpec
@@ -35,6 +36,8 @@ _ROW_ERROR_CODES = frozenset({400, 413, 422})
 _TOO_LONG = re.compile(r"context length|maximum model length|longer than the maximum|too many tokens", re.I)
 # One at a time: vLLM copies its tokenizer for each further thread that uses it.
 _TOKENIZER = ThreadPoolExecutor(1, thread_name_prefix="raylm-tokenizer")
+# A step of the engine takes seconds at most, and it answers between steps.
+PING_TIMEOUT_S = 30.0
 _ERROR_LINE = re.compile(r"\b(\w*(?:Error|Exception): .+)")
 
 
@@ -62,6 +65,7 @@ class BlockLLMServer(LLMServer):
             EngineError: it did not start; the text carries vLLM's own reason.
         """
         log_starts = _log_sizes()
+        self._gate = Gate()
         try:
             await super().__init__(llm_config(EngineSpec.model_validate(spec)))
         except Exception as error:
@@ -74,6 +78,22 @@ class BlockLLMServer(LLMServer):
     async def capacity(self) -> int:
         """Return how many requests this replica's engine works on at a time, at most (vLLM's ``max_num_seqs``)."""
         return int(self.engine._engine_client.vllm_config.scheduler_config.max_num_seqs)
+
+    async def ping(self) -> None:
+        """Return when the engine's scheduler has answered; vLLM's own health check only sees a process that is gone.
+
+        Raises:
+            EngineError: the engine is dead.
+        """
+        try:
+            await self.engine._engine_client.is_sleeping()
+        except Exception as error:
+            raise EngineError(_reason(error)) from None
+
+    async def check_health(self) -> None:
+        """Let Serve replace this replica when its engine is dead, or hangs for as long as Serve waits for a check."""
+        await super().check_health()
+        await self.ping()
 
     async def run_block(self, fields: str, contents: list[Content], timeout: float) -> list[Answer | Refusal]:
         """Answer one request per element of *contents*, in their order.
@@ -89,6 +109,21 @@ class BlockLLMServer(LLMServer):
         Raises:
             EngineError: the engine failed in a way that is not one row's fault.
         """
+        async with self._gate.passed(alone=False):
+            return await self._answers(fields, contents, timeout)
+
+    async def run_block_alone(
+        self, fields: str, contents: list[Content], timeout: float
+    ) -> AsyncIterator[list[Answer | Refusal]]:
+        """Answer as ``run_block`` does, while no other block is being answered; if the engine fails, it was this one.
+
+        Yields nothing to say that it begins, then the answers.
+        """
+        async with self._gate.passed(alone=True):
+            yield []
+            yield await self._answers(fields, contents, timeout)
+
+    async def _answers(self, fields: str, contents: list[Content], timeout: float) -> list[Answer | Refusal]:
         try:
             question = self._question(json.loads(fields), chat=not isinstance(contents[0], str))
         except Exception as error:
@@ -110,11 +145,24 @@ class BlockLLMServer(LLMServer):
             for task in tasks:
                 if task not in late:
                     task.result()
+            if late:
+                await self._require_progress()
             too_late = Refusal("timeout", f"no answer within {timeout:g} s")
             return [too_late if task in late else task.result() for task in tasks]
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def _require_progress(self) -> None:
+        """Tell slow rows from an engine that hangs.
+
+        Raises:
+            EngineError: it is the engine.
+        """
+        try:
+            await asyncio.wait_for(self.ping(), PING_TIMEOUT_S)
+        except TimeoutError:
+            raise EngineError(f"the engine hangs: its scheduler does not answer within {PING_TIMEOUT_S:g} s") from None
 
     def _question(self, fields: dict[str, Any], chat: bool) -> _Question:
         if chat:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -13,8 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 
+from airflow_provider_raylm.cluster import engine
+from airflow_provider_raylm.cluster.recovery import AskEngine, EngineFailure
 from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal, RowError, compile_step, shared_fields
 from airflow_provider_raylm.cluster.source import ROW_ID
 from airflow_provider_raylm.errors import BatchError, EngineError
@@ -31,9 +35,13 @@ RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
 
 # How much longer than its rows' time a call may take before the replica counts as hung.
 HUNG_AFTER_S = 60.0
+PING_TIMEOUT_S = 40.0
+PING_PERIOD_S = 2.0
+# What a call through the handle raises when the engine or its replica is at fault.
+ENGINE_FAILURES = (EngineError, RayError, RayServeException)
 
 
-def through_handle(handle: Any, timeout: float) -> Ask:
+def through_handle(handle: Any, timeout: float) -> AskEngine:
     """Return a function that asks a block of requests through a deployment handle.
 
     Args:
@@ -41,25 +49,72 @@ def through_handle(handle: Any, timeout: float) -> Ask:
         timeout: seconds per row in the engine.
 
     Raises (the returned function):
-        EngineError: the engine failed, does not answer at all, or not every row.
-        RayError: its replica is gone.
+        EngineFailure: the engine failed, its replica is gone, or it does not answer at all.
     """
 
-    def ask(fields: str, contents: Sequence[Content]) -> list[Answer | Refusal]:
-        response = handle.run_block.remote(fields, list(contents), timeout)
+    def ask(fields: str, contents: Sequence[Content], *, alone: bool) -> list[Answer | Refusal]:
+        begun = not alone
         try:
-            answers: list[Answer | Refusal] = response.result(timeout_s=timeout + HUNG_AFTER_S)
-        except TimeoutError:
-            response.cancel()
-            raise EngineError(f"the engine did not answer within {timeout + HUNG_AFTER_S:g} s") from None
-        except RayTaskError as error:
-            # Ray's class for another process' error is made anew in each process and does not travel on.
-            raise error.cause from None
+            if alone:
+                stream = iter(handle.options(stream=True).run_block_alone.remote(fields, list(contents), timeout))
+                next(stream)
+                begun = True
+                answers: list[Answer | Refusal] = next(stream)
+            else:
+                response = handle.run_block.remote(fields, list(contents), timeout)
+                answers = _bounded(response, timeout + HUNG_AFTER_S)
+        except ENGINE_FAILURES as error:
+            raise EngineFailure(_last_line(error), begun) from None
         if len(answers) != len(contents):
             raise EngineError(f"the engine answered {len(answers)} of {len(contents)} rows of a block")
         return answers
 
     return ask
+
+
+def until_well(handle: Any, application: str, timeout: float) -> Callable[[], None]:
+    """Return a function that waits until the engine answers.
+
+    Args:
+        handle: handle of a ``BlockLLMServer`` deployment.
+        application: where it is.
+        timeout: seconds to wait at most.
+
+    Raises (the returned function):
+        EngineError: the engine is gone, or not back in time.
+    """
+
+    def wait() -> None:
+        end = time.monotonic() + timeout
+        while True:
+            engine.require_there(application)
+            try:
+                _bounded(handle.ping.remote(), PING_TIMEOUT_S)
+                return
+            except ENGINE_FAILURES as error:
+                if time.monotonic() >= end:
+                    raise EngineError(
+                        f"The engine {application} failed and is not back after engine_timeout ({timeout:g} s): "
+                        f"{_last_line(error)}. Retry the task when it is well: it goes on with the rows that are "
+                        "missing. Or clear the deploy task together with this one."
+                    ) from None
+            time.sleep(PING_PERIOD_S)
+
+    return wait
+
+
+def _bounded(response: Any, timeout: float) -> Any:
+    try:
+        return response.result(timeout_s=timeout)
+    except TimeoutError:
+        response.cancel()
+        raise EngineError(f"the engine did not answer within {timeout:g} s") from None
+
+
+def _last_line(error: Exception) -> str:
+    # The cause of what Ray wraps; of a traceback in a message, the line that says what was raised.
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
 
 
 # Answers that are kept for rows to come; one takes about a kilobyte.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from airflow.sdk import BaseOperator, XComArg, conf
 
@@ -26,6 +26,7 @@ from airflow_provider_raylm.specs import (
     EngineRef,
     EngineSpec,
     Labels,
+    OnBusy,
     SpecT,
     SweepReport,
     TeardownReport,
@@ -176,12 +177,26 @@ class TeardownEngineOperator(RayLMOperator):
     Args:
         engine: the deploy task's output (an EngineRef), or the engine's name, which also works when that output was
             lost.
+        on_busy: while tasks work on the engine, such as one whose Airflow worker died: ``wait`` until they are done,
+            ``fail``, or ``delete`` it under them.
+        drain_timeout: seconds that ``wait`` waits at most; then it deletes.
     """
 
     template_fields = ("engine",)
 
-    def __init__(self, *, engine: EngineRef | dict[str, Any] | str | XComArg, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        engine: EngineRef | dict[str, Any] | str | XComArg,
+        on_busy: OnBusy = "wait",
+        drain_timeout: float = 600,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        if on_busy not in get_args(OnBusy):
+            raise SpecError(f"on_busy: {on_busy!r} is none of {', '.join(get_args(OnBusy))}")
+        self.on_busy = on_busy
+        self.drain_timeout = drain_timeout
         self.engine = engine if isinstance(engine, str) else _renderable(EngineRef, engine)
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -195,7 +210,8 @@ class TeardownEngineOperator(RayLMOperator):
             )
         else:
             application = build(EngineRef, self.engine).application
-        result, _ = self.run_on_cluster(context, "teardown", {"application": application})
+        payload = {"application": application, "on_busy": self.on_busy, "drain_timeout": self.drain_timeout}
+        result, _ = self.run_on_cluster(context, "teardown", payload)
         report = build(TeardownReport, result)
         self.log.info(
             "engine %s: %.0f s, %d requests, %d generated tokens",

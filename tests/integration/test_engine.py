@@ -93,10 +93,13 @@ def test_a_sweep_sees_only_its_own_installation(cluster, engine):
     assert engines(cluster) == [engine["application"]]
 
 
-def test_the_lease_deletes_its_application(cluster):
-    """From inside, with nobody's help; on an application without vLLM, to be quick."""
+def test_the_lease_knows_who_works_and_deletes_its_application(cluster):
+    """A teardown waits for who works; when nobody does, the lease ends it. Without vLLM, to be quick."""
     log = cluster.run_script(REPOSITORY / "tests" / "integration" / "lease_job.py")
 
+    assert "refused: raylm-lease-test is at work on out2. Run the teardown again" in log
+    assert "raylm-lease-test is at work on out2: waiting until it is done, at most 60 s" in log
+    assert "waited: True" in log
     assert "renewed: there, left alone: gone" in log
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from airflow_provider_raylm.cluster.recovery import EngineFailure
 from airflow_provider_raylm.cluster.report import Tally, count_block
 from airflow_provider_raylm.cluster.rows import Answer, Refusal
 from airflow_provider_raylm.cluster.sinks import MANIFEST, Output, checksum, task_fingerprint
@@ -309,14 +310,14 @@ class Handle:
 def test_a_lost_answer_is_noticed():
     """Never a row without its answer."""
     with pytest.raises(EngineError, match="1 of 2 rows"):
-        through_handle(Handle([Answer("a", "stop", 1, 1)]), 1)("{}", ["a", "b"])
+        through_handle(Handle([Answer("a", "stop", 1, 1)]), 1)("{}", ["a", "b"], alone=False)
 
 
 def test_a_replica_that_does_not_answer_is_not_waited_for():
     """The rows' own time and a minute; then the call is taken back."""
     handle = Handle(TimeoutError())
-    with pytest.raises(EngineError, match="did not answer within 65 s"):
-        through_handle(handle, 5)("{}", ["a"])
+    with pytest.raises(EngineFailure, match="did not answer within 65 s"):
+        through_handle(handle, 5)("{}", ["a"], alone=False)
 
     assert handle.cancelled
 

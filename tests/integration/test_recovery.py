@@ -1,0 +1,54 @@
+"""An engine that dies while it works: every row is answered once, and correctly, all the same."""
+
+import time
+
+import psutil
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+ROWS = 4_000
+
+
+def replica(application):
+    """Return the process of the engine's replica."""
+    (found,) = [
+        p for p in psutil.process_iter(["cmdline"]) if f"{application}:engine" in " ".join(p.info["cmdline"] or ())
+    ]
+    return found
+
+
+def engine_core(application):
+    """Return the process of vLLM's scheduler, a child of the replica."""
+    (found,) = [p for p in replica(application).children() if "EngineCore" in " ".join(p.cmdline())]
+    return found
+
+
+@pytest.mark.parametrize("victim", [replica, engine_core])
+def test_rows_on_their_way_are_asked_again(cluster, engine, tmp_path, victim):
+    """By the same attempt of the task; what was written before is not asked again."""
+    (tmp_path / "in.txt").write_text("".join(f"line {i}\n" for i in range(ROWS)))
+    batch = {"source": str(tmp_path / "in.txt"), "prompt": "Say: ${text}", "output": str(tmp_path / "out")}
+    batch |= {"max_tokens": 8, "temperature": 0, "block_rows": 100}
+    job = cluster.start("infer", {"engine": engine, "batch": batch})
+    end = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("part-*")) and time.monotonic() < end:
+        time.sleep(0.05)
+    before = replica(engine["application"])
+    process = victim(engine["application"])
+    family = [process, *process.children(recursive=True)]
+    process.kill()
+    nothing = {"delete": [], "max_age": None, "installation": "tests"}
+    (info,) = cluster.run("sweep", nothing)["engines"]
+    report, said = cluster.finish(job)
+
+    table = ds.dataset(str(tmp_path / "out"), format="parquet").to_table()
+    assert sorted(table["text"].to_pylist()) == sorted(f"line {i}" for i in range(ROWS))
+    assert (report["rows_written"], report["rows_quarantined"]) == (ROWS, 0)
+    assert replica(engine["application"]).pid != before.pid
+    assert info["working"] == [batch["output"]], "a teardown would not have waited for the task"
+    assert not any(process.is_running() for process in family), "the dead engine left a process"
+    assert all(pq.read_metadata(part).num_rows == 100 for part in (tmp_path / "out").glob("part-*"))
+    # A killed engine core shows in Serve's status only at its next health check.
+    if victim is replica:
+        assert any("the engine is not well" in line for line in said), said
