@@ -120,6 +120,8 @@ class BlockLLMServer(LLMServer):
         Yields nothing to say that it begins, then the answers.
         """
         async with self._gate.passed(alone=True):
+            # Whoever was inside before may have killed the engine; that is not this block's doing.
+            await self.ping()
             yield []
             yield await self._answers(fields, contents, timeout)
 
