@@ -12,7 +12,7 @@ UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(VENV)/tools/bin/uv
 # CPU builds of torch come from the find-links folder if there is one, else from PyTorch's own index.
 TORCH := $(if $(PIP_FIND_LINKS)$(GPU),,--torch-backend=cpu)
 
-.PHONY: venv check test unit demo bench clean
+.PHONY: venv check test unit demo bench chaos clean
 
 venv: $(VENV)/.installed
 
@@ -40,6 +40,10 @@ demo: venv
 # QUICK=1 ends in less than ten minutes; GPU=1 runs on one NVIDIA GPU; ONLY="short prefix" names workloads.
 bench: venv
 	$(RUN)/python -m tests.benchmarks $(if $(QUICK),--quick) $(if $(GPU),--gpu) $(if $(ONLY),--only $(ONLY))
+
+# QUICK=1 has each fault once; ONLY="replica_killed driver_killed" names faults. Needs root, to mount small disks.
+chaos: venv
+	$(RUN)/python -m tests.chaos $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) build dist

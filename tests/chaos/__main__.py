@@ -1,0 +1,84 @@
+"""Faults on real parts, at random moments: what became of the rows, and what was left behind.
+
+Writes build/chaos/chaos.json and prints a table; fails when a row was lost or doubled, or anything was left.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+import traceback
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from tests.chaos.faults import FAULTS
+from tests.chaos.scene import Accounts, Scene
+from tests.clusters import ray_cluster
+
+REPOSITORY = Path(__file__).parents[2]
+OUT = REPOSITORY / "build" / "chaos"
+REPEATS = 3
+
+NOTHING = ("rows_lost", "rows_duplicated", "engines_left", "processes_left")
+
+
+def run(wanted, repeats, seed):
+    """Yield (fault, the accounts of its repeats) as they come; the accounts of one that went wrong are None."""
+    with ray_cluster() as cluster:
+        scene = Scene(cluster, random.Random(seed))
+        scene.engine = scene.deploy("shared")
+        for name in wanted:
+            every = []
+            for _ in range(repeats):
+                started = time.monotonic()
+                try:
+                    accounts = FAULTS[name](scene)
+                    accounts.engines_left = len(scene.engines())
+                    accounts.processes_left = scene.strays_after_a_while()
+                    every.append(accounts)
+                except Exception:
+                    # The next fault says more than no table at all.
+                    traceback.print_exc()
+                    every = None
+                    break
+                print(f"chaos: {name} {asdict(accounts)}, took {time.monotonic() - started:.0f} s", flush=True)
+            yield name, every
+
+
+def case(name, every):
+    """Return the sums of a fault's repeats; recovery is their median."""
+    sums = {field.name: sum(getattr(one, field.name) for one in every) for field in fields(Accounts)}
+    recovery = statistics.median(one.recovery_s for one in every)
+    return {"fault": name, "repeats": len(every), **sums, "recovery_s": round(recovery, 1)}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="each fault once")
+    parser.add_argument("--only", nargs="+", choices=FAULTS)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    arguments = parser.parse_args()
+    # vLLM's worker imports the witness from the repository.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    OUT.mkdir(parents=True, exist_ok=True)
+    print(f"chaos: seed {arguments.seed}", flush=True)
+    cases, broken = [], []
+    for name, every in run(arguments.only or FAULTS, 1 if arguments.quick else REPEATS, arguments.seed):
+        if every is None or any(getattr(one, count) for one in every for count in NOTHING):
+            broken.append(name)
+        if every:
+            cases.append(case(name, every))
+            (OUT / "chaos.json").write_text(json.dumps({"cases": cases}, indent=1))
+    columns = ["repeats", *(field.name for field in fields(Accounts))]
+    print(f"\n{'fault':<24}" + "".join(f"{column.removeprefix('rows_'):>16}" for column in columns))
+    for one in cases:
+        print(f"{one['fault']:<24}" + "".join(f"{one[column]:>16}" for column in columns))
+    print(f"\nchaos: {'BROKEN: ' + ', '.join(broken) if broken else 'OK'}; {OUT / 'chaos.json'}")
+    sys.exit(bool(broken))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Where faults happen: a cluster, an engine that writes down what it is asked, tasks on it, and the accounts after."""
+
+import json
+import os
+import random
+import signal
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from airflow_provider_raylm import local
+from airflow_provider_raylm.errors import RayLMError
+from tests.chaos.witness import WITNESS
+from tests.clusters import Cluster
+from tests.tiny_model import make_tiny_model
+
+ENGINE_KWARGS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "logits_processors": ["tests.chaos.witness:Witness"],
+}
+INSTALLATION = "chaos"
+LEASE = {"idle_timeout": 600, "max_lifetime": 7200}
+FIRST_PART_TIMEOUT_S = 120.0
+JOB_TIMEOUT_S = 900.0
+
+
+@dataclass
+class Accounts:
+    """What became of the rows of a case, and what it left behind."""
+
+    rows_expected: int = 0
+    rows_written: int = 0
+    rows_lost: int = 0
+    rows_duplicated: int = 0
+    rows_quarantined: int = 0
+    rows_redone: int = 0
+    engines_left: int = 0
+    processes_left: int = 0
+    recovery_s: float = 0.0
+
+
+@dataclass
+class Scene:
+    """One cluster with one engine, as a run has it."""
+
+    cluster: Cluster
+    chance: random.Random
+    engine: dict = field(default_factory=dict)
+
+    def spec(self, name, **fields):
+        """Return the spec of an engine with a witness."""
+        return {
+            "name": name,
+            "model": str(make_tiny_model(self.cluster.folder / "model")),
+            "served_name": "tiny",
+            "gpus": 0,
+            "cpus": 0.3,
+            "hang_timeout": 60,
+            "engine_kwargs": ENGINE_KWARGS,
+            "env": {WITNESS: str(self.witness)},
+            "lease": LEASE,
+            **fields,
+        }
+
+    @property
+    def witness(self):
+        return self.cluster.folder / "witness"
+
+    def asked(self):
+        """Return how many requests have reached the model so far."""
+        return self.witness.stat().st_size if self.witness.exists() else 0
+
+    def deploy(self, name, **fields):
+        payload = {"engine": self.spec(name, **fields), "labels": labels(name), "replace": False}
+        return self.cluster.run("deploy", payload)
+
+    def teardown(self, engine):
+        return self.cluster.run("teardown", {"application": engine["application"]})
+
+    def table(self, rows, bad=lambda i: None):
+        """Write *rows* distinct rows, some replaced by what *bad* returns for their number; return the folder."""
+        folder = self.cluster.folder / f"in-{time.monotonic_ns()}"
+        folder.mkdir()
+        texts = [value if (value := bad(i)) is not None else f"row {i}" for i in range(rows)]
+        pq.write_table(pa.table({"n": range(rows), "text": pa.array(texts, pa.string())}), folder / "0.parquet")
+        return folder
+
+    def batch(self, source, **fields):
+        """Return a task over *source* with an output of its own."""
+        output = f"{source}-out"
+        return {
+            "source": str(source),
+            "prompt": "${text}",
+            "output": output,
+            "max_tokens": 32,
+            "temperature": 0,
+            "ignore_eos": True,
+            "block_rows": 64,
+            "error_budget": 1,
+            **fields,
+        }
+
+    def start(self, batch, engine=None):
+        return self.cluster.start("infer", {"engine": engine or self.engine, "batch": batch})
+
+    def finish(self, job):
+        return self.cluster.finish(job, timeout=JOB_TIMEOUT_S)[0]
+
+    def retry(self, batch, tries=5):
+        """Run the task as Airflow retries it, until an attempt succeeds."""
+        for attempt in range(tries):
+            try:
+                return self.finish(self.start(batch))
+            except RayLMError:
+                if attempt == tries - 1:
+                    raise
+        raise AssertionError
+
+    def at_a_random_moment(self, batch, within=2.0):
+        """Wait until the task writes, and some moments more."""
+        end = time.monotonic() + FIRST_PART_TIMEOUT_S
+        while not parts(batch) and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(self.chance.uniform(0, within))
+
+    @contextmanager
+    def accounted(self, batch, rows):
+        """Yield the accounts of one task; they are complete when the body is over."""
+        accounts = Accounts(rows_expected=rows)
+        asked = self.asked()
+        yield accounts
+        ids = written(Path(batch["output"]))
+        failed = written(Path(batch["output"]) / "_quarantine")
+        accounts.rows_written = len(ids)
+        accounts.rows_quarantined = len(failed)
+        accounts.rows_duplicated = len(ids) + len(failed) - len({*ids, *failed})
+        accounts.rows_lost = rows - len({*ids, *failed})
+        accounts.rows_redone = max(self.asked() - asked - rows, 0)
+
+    def replica(self, engine=None):
+        """Return the process of the engine's replica, or None."""
+        name = f"{(engine or self.engine)['application']}:engine"
+        return next((p for p in self.processes() if name in " ".join(p.info["cmdline"] or ())), None)
+
+    def until(self, condition, timeout):
+        """Wait until *condition* holds, and return what it returned."""
+        end = time.monotonic() + timeout
+        while not (met := condition()):
+            if time.monotonic() >= end:
+                raise TimeoutError(f"not so after {timeout:g} s")
+            time.sleep(0.5)
+        return met
+
+    def engine_core(self):
+        return next(p for p in self.replica().children() if "EngineCore" in " ".join(p.cmdline()))
+
+    def driver(self, batch):
+        """Return the process of the job that works on *batch*."""
+        return next(
+            p for p in self.processes() if "airflow_provider_raylm.cluster infer" in " ".join(p.info["cmdline"] or ())
+        )
+
+    @property
+    def session(self):
+        """The id of the session of all processes of the cluster's head."""
+        return int(json.loads((self.cluster.folder / "ray" / "cluster.json").read_text())["pid"])
+
+    def processes(self):
+        """Return the processes of the cluster."""
+        members = set(local.session(self.session))
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            # A job's driver leads a session of its own, below the head's.
+            with suppress(psutil.Error):
+                if process.info["cmdline"] and (process.pid in members or process.ppid() in members):
+                    found.append(process)
+                    members.add(process.pid)
+        return found
+
+    def engines(self):
+        """Return the engines on the cluster beside the scene's own."""
+        payload = {"delete": [], "max_age": None, "installation": INSTALLATION}
+        found = {info["application"] for info in self.cluster.run("sweep", payload)["engines"]}
+        return found - {self.engine.get("application")}
+
+    def strays_after_a_while(self):
+        """Return how many strays there are when they had half a minute to end."""
+        end = time.monotonic() + 30
+        while (count := len(self.strays())) and time.monotonic() < end:
+            time.sleep(1)
+        return count
+
+    def strays(self):
+        """Return vLLM processes that belong to no replica, and drivers and stages of no running job."""
+        replicas = [p for p in self.processes() if "ServeReplica" in " ".join(p.info["cmdline"])]
+        kept = {child.pid for replica in replicas for child in replica.children(recursive=True)}
+        words = ("VLLM::", "airflow_provider_raylm.cluster infer", "AnswerAndWrite")
+        return [
+            p for p in self.processes() if p.pid not in kept and any(w in " ".join(p.info["cmdline"]) for w in words)
+        ]
+
+
+def labels(name):
+    return {"installation": INSTALLATION, "dag_id": "chaos", "run_id": "run", "engine": name}
+
+
+def parts(batch):
+    return list(Path(batch["output"]).glob("part-*"))
+
+
+def written(folder):
+    """Return the ids of the rows in a folder of part files."""
+    if not list(folder.glob("part-*")):
+        return []
+    return ds.dataset(sorted(map(str, folder.glob("part-*")))).to_table(columns=["raylm_row_id"])[0].to_pylist()
+
+
+def kill(process):
+    """Kill without a chance to clean up."""
+    os.kill(process.pid, signal.SIGKILL)
