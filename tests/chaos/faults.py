@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -101,45 +103,50 @@ def poison_rows(scene):
     return accounts
 
 
+@contextmanager
+def _disk(scene: Scene, size: str) -> Iterator[Path]:
+    """Yield the folder of a file system of that size. Root may write wherever permissions alone forbid it."""
+    folder = scene.cluster.folder / f"disk-{time.monotonic_ns()}"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def _remount(folder: Path, options: str) -> bool:
+    return subprocess.run(["mount", "-o", f"remount,{options}", str(folder)]).returncode == 0
+
+
 @fault
 def disk_full(scene):
     """The output's disk fills in the middle; the task says so, and its retry completes when there is room."""
-    folder = scene.cluster.folder / f"disk-{time.monotonic_ns()}"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)], check=True)
-    try:
+    with _disk(scene, "128k") as folder:
         batch = scene.batch(scene.table(ROWS), output=str(folder / "out"))
         with scene.accounted(batch, ROWS) as accounts:
             with pytest.raises(BatchError, match="No space left"):
                 scene.finish(scene.start(batch))
-            subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+            assert _remount(folder, "size=64m")
             scene.retry(batch)
         return accounts
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @fault
 def output_read_only(scene):
     """The output may not be written; the task says so, and its retry completes when it may."""
-    folder = scene.cluster.folder / f"disk-{time.monotonic_ns()}"
-    folder.mkdir()
-    # Root may write wherever permissions forbid it, but not on a file system that is mounted read-only.
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
-    try:
+    with _disk(scene, "64m") as folder:
         batch = scene.batch(scene.table(ROWS), output=str(folder / "out"))
         with scene.accounted(batch, ROWS) as accounts:
             job = scene.start(batch)
             scene.at_a_random_moment(batch, within=0.5)
             # Refused while a file is open for writing.
-            scene.until(lambda: subprocess.run(["mount", "-o", "remount,ro", str(folder)]).returncode == 0, 20)
+            scene.until(lambda: _remount(folder, "ro"), 20)
             with pytest.raises(BatchError, match="Read-only file system"):
                 scene.finish(job)
-            subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+            assert _remount(folder, "rw")
             scene.retry(batch)
         return accounts
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @fault
