@@ -98,6 +98,9 @@ def start(
     # Jobs start `python`: it has to be the interpreter that has Ray.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray takes 127.0.0.1 for the machine's outer address, and listens on all, unless it is told that there is no
+    # cluster beyond this machine. The name is of systems on which that is the default.
+    environment.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     agent, client = _free_ports(2)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
