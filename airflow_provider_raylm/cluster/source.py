@@ -7,8 +7,10 @@ a row the same id, and sorting by id restores the input's order. An id that an e
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,9 @@ from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
 
 ROW_ID = f"{RESERVED_PREFIX}row_id"
+
+
+_ROWS_TO_LOOK_AT = 1000
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,9 @@ def schema_of(file: SourceFile) -> list[str]:
     if file.format == "parquet":
         with _Reading(file), fsspec.open(file.uri, "rb") as stream:
             names = list(pq.read_schema(stream).names)
+    elif file.format == "jsonl":
+        with _Reading(file):
+            names = _jsonl_schema(file).names
     else:
         first = next(_tables(file, None, 1), None)
         names = list(first.column_names) if first is not None else []
@@ -275,12 +283,48 @@ def _csv(file: SourceFile, block_rows: int, columns: list[str] | None) -> Iterat
 
 
 def _jsonl(file: SourceFile, block_rows: int, columns: list[str] | None) -> Iterator[pa.Table]:
+    schema = _jsonl_schema(file)
+    texts = {field.name for field in schema if pa.types.is_string(field.type)}
+    for rows in _json_objects(file, block_rows):
+        cells = [{name: as_text(value) if name in texts else value for name, value in row.items()} for row in rows]
+        yield pa.Table.from_pylist(cells, schema)
+
+
+@functools.lru_cache(maxsize=1024)
+def _jsonl_schema(file: SourceFile) -> pa.Schema:
+    """Return each column with the one type that holds all its values in the file, else as text.
+
+    Found by reading the whole file, because types that are found block by block differ between blocks.
+    """
+    types: dict[str, pa.DataType] = {}
+    for rows in _json_objects(file, _ROWS_TO_LOOK_AT):
+        for name in dict.fromkeys(itertools.chain.from_iterable(rows)):
+            types[name] = common_type(types.get(name, pa.null()), [row.get(name) for row in rows])
+    return pa.schema([(name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in types.items()])
+
+
+def common_type(known: pa.DataType, values: list[Any]) -> pa.DataType:
+    """Return the type that holds *values* and whatever *known* holds; text if there is none."""
+    try:
+        found = pa.array(values).type
+        schemas = [pa.schema([("", kind)]) for kind in (known, found)]
+        common = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except (pa.ArrowException, OverflowError):
+        return pa.string()
+    # No Parquet file can hold an object without a key.
+    return pa.string() if "struct<>" in str(common) else common
+
+
+def as_text(value: Any) -> Any:
+    """Return a value for a column of text: strings and null as they are, anything else as JSON."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _json_objects(file: SourceFile, block_rows: int) -> Iterator[list[dict[str, Any]]]:
     with fsspec.open(file.uri, "rt", compression="infer", encoding="utf-8") as stream:
         lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
         for _, chunk in _chunks(lines, block_rows):
-            rows = [_json_object(line, number) for number, line in chunk]
-            names = dict.fromkeys(itertools.chain.from_iterable(rows))
-            yield pa.table({name: [row.get(name) for row in rows] for name in names})
+            yield [_json_object(line, number) for number, line in chunk]
 
 
 def _json_object(line: str, number: int) -> dict[str, Any]:
@@ -290,6 +334,21 @@ def _json_object(line: str, number: int) -> dict[str, Any]:
         raise ValueError(f"line {number}: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"line {number}: expected an object, found {type(value).__name__}")
+    return _written_out(value) if _HALF_A_CHARACTER.search(line) else value
+
+
+# JSON can escape half of a character's surrogate pair, which stands for no text.
+_HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _written_out(value: Any) -> Any:
+    """Return the value with such escapes left as they are written."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [_written_out(one) for one in value]
+    if isinstance(value, dict):
+        return {_written_out(key): _written_out(one) for key, one in value.items()}
     return value
 
 

@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from airflow_provider_raylm.cluster import engine
 from airflow_provider_raylm.cluster.recovery import AskEngine, EngineFailure
 from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal, RowError, compile_step, shared_fields
-from airflow_provider_raylm.cluster.source import ROW_ID
+from airflow_provider_raylm.cluster.source import ROW_ID, as_text, common_type
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
 
@@ -236,7 +237,10 @@ class BlockAnswerer:
 
         def change(row: dict[str, Any]) -> dict[str, Any]:
             try:
-                return dict(function(dict(row)))
+                changed = dict(function(dict(row)))
+                for value in changed.values():
+                    _require_storable(value)
+                return changed
             except Exception as error:  # the author's own code, about this row
                 raise RowError("row_function", f"{type(error).__name__}: {error}") from error
 
@@ -273,11 +277,17 @@ class BlockAnswerer:
         columns = {}
         for name in names if live else [name for name in source if name not in unwanted]:
             values = [block.rows[i].get(name) for i in live]
-            try:
-                columns[name] = pa.array(values, table.schema.field(name).type if name in source else None)
-            except pa.ArrowException:
-                columns[name] = pa.array(values)
+            columns[name] = _column(values, table.schema.field(name).type if name in source else pa.null())
         return pa.table(columns) if columns else table.take(pa.array(live, pa.int64())).select([])
+
+
+def _column(values: list[Any], known: pa.DataType) -> pa.Array:
+    """Return the values as the type that they had before, else as one that holds them all."""
+    try:
+        return pa.array(values, known)
+    except (pa.ArrowException, OverflowError):
+        kind = common_type(pa.null(), values)
+        return pa.array(list(map(as_text, values)) if pa.types.is_string(kind) else values, kind)
 
 
 def _failed(table: pa.Table, block: _Block) -> pa.Table:
@@ -288,6 +298,12 @@ def _failed(table: pa.Table, block: _Block) -> pa.Table:
         .append_column(REASON, pa.array([block.failed[i].reason for i in indices], pa.string()))
         .append_column(MESSAGE, pa.array([block.failed[i].message for i in indices], pa.string()))
     )
+
+
+def _require_storable(value: Any) -> None:
+    """Raise what Arrow raises of a value that no file can hold: half a character, an object of some class."""
+    with suppress(OverflowError):
+        pa.array([value])
 
 
 def _load(name: str, path: str | None) -> RowFunction | None:

@@ -13,7 +13,7 @@ import pytest
 from airflow_provider_raylm.cluster.recovery import EngineFailure
 from airflow_provider_raylm.cluster.report import Tally, count_block
 from airflow_provider_raylm.cluster.rows import Answer, Refusal
-from airflow_provider_raylm.cluster.sinks import MANIFEST, Output, checksum, task_fingerprint
+from airflow_provider_raylm.cluster.sinks import MANIFEST, Folder, Output, checksum, task_fingerprint
 from airflow_provider_raylm.cluster.source import (
     ROW_ID,
     check_columns,
@@ -25,7 +25,7 @@ from airflow_provider_raylm.cluster.source import (
     read_rows,
     schema_of,
 )
-from airflow_provider_raylm.cluster.stage import BlockAnswerer, once, through_handle
+from airflow_provider_raylm.cluster.stage import MESSAGE, REASON, BlockAnswerer, once, through_handle
 from airflow_provider_raylm.cluster.window import in_order, window
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import BatchReport, BatchSpec
@@ -62,6 +62,44 @@ def test_each_format_gives_rows_with_ids(tmp_path, name, content):
 
     assert [row[ROW_ID] for row in rows] == ["00000-000000000", "00000-000000001"]
     assert [row["text"][0] for row in rows] == ["x", "y"]
+
+
+def test_a_jsonl_column_has_one_type_in_all_blocks(tmp_path):
+    """The narrowest that holds all its values, as one reader of all part files needs it; else text."""
+    rows = [
+        {"text": "x", "late": None, "n": 1, "list": [], "mixed": 1, "big": 1, "empty": {}},
+        {"text": "y", "late": "z", "n": 0.5, "list": ["k"], "mixed": {"a": "ü"}, "big": 2**70},
+        {"text": None, "n": 2, "mixed": "m"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = list_files(spec(tmp_path))
+    blocks = list(read_rows(files[0], None, None, 1))
+
+    assert len(blocks) == 3
+    assert len({block.schema for block in blocks}) == 1
+    assert pa.concat_tables(blocks).drop_columns([ROW_ID]).to_pylist() == [
+        {"text": "x", "late": None, "n": 1.0, "list": [], "mixed": "1", "big": "1", "empty": "{}"},
+        {"text": "y", "late": "z", "n": 0.5, "list": ["k"], "mixed": '{"a": "ü"}', "big": str(2**70), "empty": None},
+        {"text": None, "late": None, "n": 2.0, "list": None, "mixed": "m", "big": None, "empty": None},
+    ]
+
+
+def test_json_escapes_of_half_a_character_stay_as_they_are_written(tmp_path):
+    """They are no text, but no reason to refuse the file; a whole pair is a character."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b", "more": ["\\uDC00"]}\n{"text": "\\ud83d\\ude00"}\n')
+
+    assert [(row["text"], row["more"]) for row in rows_of(spec(tmp_path))] == [
+        ("a\\ud83d b", ["\\udc00"]),
+        ("\U0001f600", None),
+    ]
+
+
+def test_a_quarantine_can_be_a_source(tmp_path):
+    """Its rows come as they came before, with their ids, and without what went wrong."""
+    failed = pa.table({"text": ["x"], ROW_ID: ["00000-7"], REASON: ["timeout"], MESSAGE: ["too late"]})
+    Folder(f"{tmp_path}/out/_quarantine", "parquet").write(failed)
+
+    assert rows_of(spec(tmp_path, source=f"{tmp_path}/out/_quarantine")) == [{"text": "x", ROW_ID: "00000-7"}]
 
 
 def test_ids_restore_the_order_of_several_files(tmp_path):
@@ -273,6 +311,25 @@ def test_row_functions(tmp_path):
     assert failed.select(["raylm_reason", "raylm_message"]).to_pylist() == [
         {"raylm_reason": "row_function", "raylm_message": "LookupError: no c"}
     ]
+
+
+STRANGE = [1, "x", {"a": 1}, {}, 2**70, None, "\ud800", object()]
+
+
+def make_strange(row):
+    return {**row, "made": STRANGE[row["i"]], "text": STRANGE[row["i"]] if row["i"] < 2 else row["text"]}
+
+
+def test_strange_results_of_a_row_function_fail_no_other_row(tmp_path):
+    """What fits no common type becomes text; what no file can hold fails its row."""
+    task = spec(tmp_path, preprocess=f"{__name__}:make_strange")
+    rows = table(*["t"] * len(STRANGE), i=list(range(len(STRANGE))))
+    answered, failed = BlockAnswerer(task, "m", ask).answer(rows)
+    Folder(str(tmp_path / "out"), "parquet").write(answered)
+
+    assert answered["made"].to_pylist() == ["1", "x", '{"a": 1}', "{}", str(2**70), None]
+    assert answered["text"].to_pylist() == ["1", "x", "t", "t", "t", "t"]
+    assert [(row["i"], row[REASON]) for row in failed.to_pylist()] == [(6, "row_function"), (7, "row_function")]
 
 
 def test_a_row_function_that_is_not_there_is_named(tmp_path):
