@@ -112,6 +112,28 @@ def require_running(application: str) -> None:
         )
 
 
+def wait_until_running(application: str, timeout: float, say: Say) -> None:
+    """Return when the engine can take work; one that is coming back is waited for.
+
+    Raises:
+        EngineError: it is gone, or not running after *timeout* seconds; the text says which task to clear.
+    """
+    end = time.monotonic() + timeout
+    said = False
+    while _is_coming_back(application) and time.monotonic() < end:
+        if not said:
+            what = trouble(application)
+            say(f"the engine is not well: {what}; waiting for it at most {timeout:g} s (engine_timeout)")
+        said = True
+        time.sleep(POLL_PERIOD_S)
+    require_running(application)
+
+
+def _is_coming_back(application: str) -> bool:
+    status = _status(application)
+    return status is not None and status.status in (ApplicationStatus.DEPLOYING, ApplicationStatus.UNHEALTHY)
+
+
 def require_there(application: str) -> None:
     """Return when the engine is there, well or not.
 

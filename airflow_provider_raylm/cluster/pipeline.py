@@ -63,7 +63,7 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
         BatchError: the source, its columns, the output, or more failed rows than the budget.
     """
     started = time.monotonic()
-    engine.require_running(ref.application)
+    engine.wait_until_running(ref.application, spec.engine_timeout, say)
     files = list_files(spec)
     columns = _columns(spec, files)
     check_ids(files, spec)
@@ -200,10 +200,10 @@ class AnswerAndWrite:
         task = BatchSpec.model_validate(spec)
         to = EngineRef.model_validate(ref)
         handle = serve.get_deployment_handle(to.deployment, to.application)
+        wait = until_well(handle, to.application, task.engine_timeout)
+        wait()
         self._window = window(task.in_flight_rows, task.block_rows, to.replicas * _capacity(handle))
-        ask = Recovery(
-            through_handle(handle, task.request_timeout), until_well(handle, to.application, task.engine_timeout)
-        )
+        ask = Recovery(through_handle(handle, task.request_timeout), wait)
         self._answerer = BlockAnswerer(task, to.model, once(ask) if task.deduplicate else ask)
         self._output = Output(task, mark)
         self._read = partial(

@@ -3,11 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+from ray.serve.schema import ApplicationStatus
 
+from airflow_provider_raylm.cluster import engine
 from airflow_provider_raylm.cluster.engine import root_cause
 from airflow_provider_raylm.cluster.lease import expiry
 from airflow_provider_raylm.cluster.llm import PLACEMENT, llm_config
 from airflow_provider_raylm.cluster.resources import bundles, shortage
+from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.specs import EngineSpec, Lease
 
 GPU_NODE = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H100": 1.0, "memory": 1e9}
@@ -16,6 +19,31 @@ CPU_NODE = {"CPU": 8.0, "memory": 1e9}
 
 def spec(**fields):
     return EngineSpec(name="e", model="m", **fields)
+
+
+def test_an_engine_that_comes_back_is_waited_for(monkeypatch):
+    """Said once; one that failed to deploy is not waited for, and nor is one that is not there."""
+    states = ["UNHEALTHY", "UNHEALTHY", "DEPLOYING", "DEPLOYING", "RUNNING"]
+    said = []
+
+    def status(application):
+        state = states.pop(0) if len(states) > 1 else states[0]
+        return state and SimpleNamespace(status=ApplicationStatus(state), deployments={}, message="why.")
+
+    monkeypatch.setattr(engine, "_status", status)
+    monkeypatch.setattr(engine, "POLL_PERIOD_S", 0.01)
+    engine.wait_until_running("a", 5, said.append)
+    assert [line.partition(";")[0] for line in said] == ["the engine is not well: UNHEALTHY, unhealthy"]
+
+    states[:] = ["DEPLOY_FAILED"]
+    with pytest.raises(EngineError, match=r"a is DEPLOY_FAILED: why\. Clear the deploy task"):
+        engine.wait_until_running("a", 5, said.append)
+    states[:] = ["UNHEALTHY"]
+    with pytest.raises(EngineError, match="a is UNHEALTHY"):
+        engine.wait_until_running("a", 0.05, said.append)
+    states[:] = [None]
+    with pytest.raises(EngineError, match="a is gone"):
+        engine.wait_until_running("a", 5, said.append)
 
 
 def test_what_a_replica_asks_for():
