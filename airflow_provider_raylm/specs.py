@@ -128,6 +128,10 @@ class EngineSpec(Value):
         1024, ge=1, description="Handle calls one replica accepts at a time; a call carries a block of rows."
     )
     env: dict[str, str] = Field(default_factory=dict, description="Environment of the replicas.")
+    secret_env: dict[str, str] = Field(
+        default_factory=dict,
+        description="Secret environment of the replicas: each variable's file on the cluster's nodes.",
+    )
     log_engine_metrics: bool = Field(
         False, description="Publish vLLM's metrics on Ray's Prometheus port; costs throughput (see performance)."
     )
@@ -156,6 +160,9 @@ class EngineSpec(Value):
         for argument, field in self._own_arguments.items():
             if argument in self.engine_kwargs:
                 raise ValueError(f"engine_kwargs.{argument}: set EngineSpec.{field} instead")
+        twice = sorted(set(self.env) & set(self.secret_env))
+        if twice:
+            raise ValueError(f"secret_env.{twice[0]}: env sets it, too")
         if self.gpus == 0 and self.accelerator_type:
             raise ValueError(f"accelerator_type {self.accelerator_type!r} needs a GPU, but gpus is 0")
         if isinstance(self.replicas, tuple):

@@ -1,5 +1,6 @@
 """Real Ray clusters for tests, and the way to run a job on one."""
 
+import json
 import os
 import secrets
 import shlex
@@ -9,6 +10,8 @@ import time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from airflow_provider_raylm import local
 from airflow_provider_raylm.following import Follower
@@ -40,11 +43,47 @@ class Cluster:
         folder: Ray's session and a place for files.
         url: the dashboard.
         token: asked for by the dashboard, or None when authentication is off.
+        environ: of its processes.
     """
 
     folder: Path
     url: str
     token: str | None
+    environ: dict[str, str]
+
+    @property
+    def leader(self):
+        """The id of the session of the head's processes."""
+        return int(json.loads((self.folder / "ray" / "cluster.json").read_text())["pid"])
+
+    @property
+    def logs(self):
+        """The folder of Ray's logs."""
+        return self.folder / "ray" / "session_latest" / "logs"
+
+    def listening_beyond_loopback(self):
+        """Return (command line, port) of the head's processes that other machines could connect to."""
+        found = []
+        for process in map(psutil.Process, local.session(self.leader)):
+            for connection in process.net_connections("inet"):
+                if connection.status == "LISTEN" and connection.laddr.ip.removeprefix("::ffff:") != local.HOST:
+                    found.append((" ".join(process.cmdline()), connection.laddr.port))
+        return found
+
+    @property
+    def gcs_address(self):
+        """Where another node joins."""
+        written = self.folder / "ray" / "ray_current_cluster"
+        # The last thing that a head does when it starts.
+        end = time.monotonic() + 30
+        while not written.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        return written.read_text().strip()
+
+    def restart(self):
+        """Start the head anew at the same address, after its processes were killed."""
+        local.stop(self.folder / "ray")
+        local.start(self.folder / "ray", int(self.url.rpartition(":")[2]), environ=self.environ)
 
     def client(self, **kwargs):
         """Return a client of the dashboard."""
@@ -87,15 +126,22 @@ class Cluster:
 
 
 @contextmanager
-def ray_cluster(*, token=True, cpus=None):
-    """Start a Ray head and stop it, with all its processes and files, in the end."""
+def ray_cluster(*, token=True, cpus=None, other_nodes=False):
+    """Start a Ray head and stop it, with all its processes and files, in the end.
+
+    Args:
+        token: whether it asks for one.
+        cpus: of the head; default: the machine's.
+        other_nodes: whether others may join it; then it listens beyond loopback.
+    """
     folder = Path(tempfile.mkdtemp(prefix="raylm-"))
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | ENGINE_ENVIRON
     secret = secrets.token_hex(16) if token else None
     environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret} if secret else {"RAY_AUTH_MODE": "disabled"})
+    environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"} if other_nodes else {}
     started = local.start(folder / "ray", next(_PORTS), cpus=cpus, environ=environ)
     try:
-        yield Cluster(folder, started.dashboard_url, secret)
+        yield Cluster(folder, started.dashboard_url, secret, environ)
     finally:
         local.stop(folder / "ray")
         shutil.rmtree(folder, ignore_errors=True)

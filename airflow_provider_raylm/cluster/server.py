@@ -64,10 +64,13 @@ class BlockLLMServer(LLMServer):
         Raises:
             EngineError: it did not start; the text carries vLLM's own reason.
         """
+        engine = EngineSpec.model_validate(spec)
+        # vLLM's processes inherit it; Ray would show an environment of its own to whoever looks at the replica.
+        os.environ.update({name: _secret(path) for name, path in engine.secret_env.items()})
         log_starts = _log_sizes()
         self._gate = Gate()
         try:
-            await super().__init__(llm_config(EngineSpec.model_validate(spec)))
+            await super().__init__(llm_config(engine))
         except Exception as error:
             reason = _reason(error)
             if "engine core" in reason.lower():
@@ -280,6 +283,13 @@ def _refusal_of(error: Any) -> Refusal:
         # As an error of this package: the caller has no vllm to unpickle vLLM's own.
         raise EngineError(f"the engine answered {error.code} {error.type}: {error.message}")
     return Refusal("prompt_too_long" if _TOO_LONG.search(error.message) else "invalid_request", error.message)
+
+
+def _secret(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"secret_env: cannot read {path} on this node: {error}") from None
 
 
 def _reason(error: BaseException) -> str:

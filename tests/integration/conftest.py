@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import secrets
 import subprocess
 import sys
 
@@ -71,7 +72,15 @@ def offline(cluster, model, texts):
 
 
 @pytest.fixture(scope="session")
-def engine_spec(model):
+def secret(cluster):
+    """A file with a secret."""
+    path = cluster.folder / "secret"
+    path.write_text(f"{secrets.token_hex(16)}\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine_spec(model, secret):
     """The shared engine's spec."""
     # Half a CPU on paper, so that a second engine and the pipelines fit beside it on two cores.
     return {
@@ -81,6 +90,7 @@ def engine_spec(model):
         "gpus": 0,
         "cpus": 0.5,
         "engine_kwargs": ENGINE_KWARGS,
+        "secret_env": {"RAYLM_TEST_SECRET": str(secret)},
     }
 
 

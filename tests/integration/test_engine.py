@@ -1,6 +1,5 @@
 """Deploying: adopt what is there, say why it cannot be, leave nothing behind."""
 
-import json
 import time
 from contextlib import closing
 from pathlib import Path
@@ -27,8 +26,8 @@ def engines(cluster, installation="tests"):
 
 def engine_processes(cluster):
     """Count vLLM's engine processes on this machine that belong to the cluster."""
-    head = json.loads((cluster.folder / "ray" / "cluster.json").read_text())["pid"]
-    names = [Path(f"/proc/{pid}/comm").read_text() for pid in local.session(head) if Path(f"/proc/{pid}").exists()]
+    pids = local.session(cluster.leader)
+    names = [Path(f"/proc/{pid}/comm").read_text() for pid in pids if Path(f"/proc/{pid}").exists()]
     return sum(name.startswith("VLLM::EngineCor") for name in names)
 
 
@@ -53,6 +52,13 @@ def test_an_engine_argument_that_vllm_does_not_know(cluster, engine, engine_spec
     """By its name."""
     with pytest.raises(EngineError, match="no_such_argument"):
         deploy(cluster, {**engine_spec, "engine_kwargs": {"no_such_argument": 1}})
+    assert engines(cluster) == [engine["application"]]
+
+
+def test_a_secret_that_is_not_there(cluster, engine, engine_spec):
+    """By its file's name, before vLLM starts."""
+    with pytest.raises(EngineError, match="secret_env: cannot read /no/such/secret"):
+        deploy(cluster, {**engine_spec, "secret_env": {"HF_TOKEN": "/no/such/secret"}})
     assert engines(cluster) == [engine["application"]]
 
 

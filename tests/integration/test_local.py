@@ -9,6 +9,7 @@ import pytest
 from airflow_provider_raylm import local
 from airflow_provider_raylm.errors import ClusterError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
+from tests.clusters import Cluster
 
 PORT = 28264
 
@@ -16,13 +17,13 @@ PORT = 28264
 @pytest.fixture
 def folder(monkeypatch):
     # Not tmp_path: the paths of Ray's sockets must stay short.
-    folder = Path(tempfile.mkdtemp(prefix="raylm-local-"))
+    folder = Path(tempfile.mkdtemp(prefix="raylm-local-")) / "ray"
     monkeypatch.setattr(local, "default_folder", lambda: folder)
     monkeypatch.setenv("AIRFLOW_CONN_RAYLM_LOCAL", f"raylm://local:{PORT}")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     yield folder
     local.stop(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 def test_a_local_cluster_is_started_once_and_stopped(folder):
@@ -32,8 +33,10 @@ def test_a_local_cluster_is_started_once_and_stopped(folder):
     assert RayLMHook("raylm_local").test_connection()[0]
     assert (folder / "cluster.json").read_text() == first
 
-    leader = int(first.split('"pid": ')[1].split(",")[0])
-    assert local.session(leader)
+    cluster = Cluster(folder.parent, f"http://127.0.0.1:{PORT}", None, {})
+    leader = cluster.leader
+    assert len(local.session(leader)) > 5
+    assert cluster.listening_beyond_loopback() == []
     local.stop(folder)
     assert local.session(leader) == []
     local.stop(folder)

@@ -4,7 +4,6 @@ import http.server
 import json
 import os
 import ssl
-import subprocess
 import threading
 from contextlib import closing, contextmanager
 
@@ -48,17 +47,6 @@ def dashboard(status=200, body=VERSION, certificate=None):
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """A certificate for localhost that nobody has signed but itself, with its key in the same file."""
-    path = tmp_path_factory.mktemp("tls") / "localhost.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(path), "-out", str(path) + ".crt"]
-    subprocess.run(command, check=True, capture_output=True)
-    path.write_text(path.read_text() + (path.parent / (path.name + ".crt")).read_text())
-    return path
 
 
 def version(url, **kwargs):

@@ -29,6 +29,7 @@ def templated(value):
         (EngineSpec, {"name": "e", "model": "m", "replicas": 0}, "replicas: at least 1"),
         (EngineSpec, {"name": "e", "model": "m", "replicas": (3, 2)}, "replicas: (min, max)"),
         (EngineSpec, {"name": "e", "model": "m", "gpus": 0, "accelerator_type": "H100"}, "accelerator_type"),
+        (EngineSpec, {"name": "e", "model": "m", "env": {"A": "b"}, "secret_env": {"A": "/b"}}, "secret_env.A"),
         (EngineSpec, {"name": "e", "model": "m", "engine_kwargs": {"model": "n"}}, "set EngineSpec.model instead"),
         (EngineSpec, {"name": "e", "model": "m", "lease": {"idle": 3}}, "EngineSpec.lease.idle: unknown field"),
         (BatchSpec, {**BATCH, "max_tokens": 0}, "BatchSpec.max_tokens"),
