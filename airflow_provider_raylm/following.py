@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from airflow_provider_raylm.errors import ClusterError
-from airflow_provider_raylm.polling import TERMINAL, Ended, Expired, JobInfo, Lost, Unreachable, Watch, decide
+from airflow_provider_raylm.polling import TERMINAL, Ended, JobInfo, Lost, Unreachable, Wait, Watch, decide
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
 from airflow_provider_raylm.wire import SAID, outcome
 
@@ -66,33 +66,46 @@ class Follower:
         self.jobs.stop(self.submission_id)
 
     def wait(self, watch: Watch) -> dict[str, Any]:
-        """Wait until the job has ended and return its result.
+        """Look until the job has ended and return its result.
+
+        Raises:
+            RayLMError: as ``step``.
+            Stopped: ``end`` was called.
+        """
+        while True:
+            seen = self.step(watch)
+            if not isinstance(seen, Watch):
+                return seen
+            watch = seen
+            if self._told_to_end.wait(self.interval):
+                raise Stopped(f"The task was told to end; Ray job {self.submission_id} was told to stop.")
+
+    def step(self, watch: Watch) -> dict[str, Any] | Watch:
+        """Look once; return the job's result if it has ended, else the watch for the next look.
 
         Raises:
             RayLMError: what the job reported.
             Stopped: somebody stopped the job.
             ClusterError: the job was lost, or *watch*'s deadline passed (the job is stopped then).
         """
-        while True:
-            decision = decide(watch, self._look(), time.time())
-            if isinstance(decision, Ended):
-                return self._result(decision.job)
-            if isinstance(decision, Lost):
-                raise ClusterError(decision.reason)
-            if isinstance(decision, Expired):
-                self.jobs.stop(self.submission_id)
-                raise ClusterError(f"Ray job {self.submission_id} was not done in time; it was told to stop.")
-            watch = decision.watch
-            if self._told_to_end.wait(self.interval):
-                raise Stopped(f"The task was told to end; Ray job {self.submission_id} was told to stop.")
-
-    def _look(self) -> JobInfo | Unreachable | None:
         try:
             job = self.jobs.get(self.submission_id)
             self._forward()
+            decision = decide(watch, job, time.time())
+            if isinstance(decision, Ended):
+                return self._result(decision.job)
         except Unreachable as error:
-            return error
-        return job
+            decision = decide(watch, error, time.time())
+        if isinstance(decision, Wait):
+            return decision.watch
+        if isinstance(decision, Lost):
+            raise ClusterError(decision.reason)
+        self.jobs.stop(self.submission_id)
+        raise ClusterError(f"Ray job {self.submission_id} was not done in time; it was told to stop.")
+
+    def skip(self) -> None:
+        """Leave out the lines that there are: somebody else has handed them on."""
+        self._seen = len(self.jobs.logs(self.submission_id))
 
     def _forward(self) -> None:
         """Hand on the lines that are complete and were not handed on before."""

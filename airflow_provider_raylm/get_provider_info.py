@@ -25,6 +25,12 @@ def get_provider_info() -> dict[str, Any]:
         ],
         "operators": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_raylm.operators.raylm"]}],
         "hooks": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_raylm.hooks.raylm"]}],
+        "triggers": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_raylm.triggers.raylm"]}],
+        "task-decorators": [{"name": "raylm", "class-name": "airflow_provider_raylm.decorators.raylm.raylm_task"}],
+        "extra-links": [
+            f"airflow_provider_raylm.links.raylm.{link}"
+            for link in ("RayJobLink", "ServeApplicationLink", "OutputLink")
+        ],
         "config": {
             "raylm": {
                 "description": "Settings of the Ray LM provider.",

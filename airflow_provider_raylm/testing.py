@@ -79,7 +79,10 @@ class FakeRayJobs:
         def connect(hook: RayLMHook) -> FakeRayJobs:
             return self
 
-        with patch.object(RayLMHook, "get_conn", connect):
+        async def aconnect(hook: RayLMHook) -> FakeRayJobs:
+            return self
+
+        with patch.object(RayLMHook, "get_conn", connect), patch.object(RayLMHook, "aget_conn", aconnect):
             yield self
 
     def report(self, task_id: str, rows: int = 1, **counts: Any) -> None:

@@ -20,9 +20,14 @@ DONE = {"success", "failed"}
 
 
 class Airflow:
-    """The REST API of a running standalone."""
+    """The REST API of a running standalone.
 
-    def __init__(self, url: str) -> None:
+    Attributes:
+        pid: the process that began the session of all its processes.
+    """
+
+    def __init__(self, url: str, pid: int) -> None:
+        self.pid = pid
         token = httpx.get(f"{url}/auth/token", timeout=30).raise_for_status().json()["access_token"]
         headers = {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(base_url=f"{url}/api/v2", headers=headers, timeout=60)
@@ -65,6 +70,21 @@ class Airflow:
     def states(self, dag_id: str, run_id: str) -> dict[str, str]:
         """Return each task's state."""
         return {ti["task_id"]: ti["state"] for ti in self.instances(dag_id, run_id)}
+
+    def mark(self, dag_id: str, run_id: str, task_id: str, state: str) -> None:
+        """Give a task a state, as its user does."""
+        self.call("PATCH", f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}", new_state=state)
+
+    def clear(self, dag_id: str, run_id: str, task_id: str) -> None:
+        """Let a task run again."""
+        self.call(
+            "POST",
+            f"/dags/{dag_id}/clearTaskInstances",
+            dag_run_id=run_id,
+            task_ids=[task_id],
+            dry_run=False,
+            only_failed=False,
+        )
 
     def xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
         """Return what a task returned."""
@@ -118,7 +138,7 @@ def standalone(home: Path, dags: Path, environ: Mapping[str, str]) -> Iterator[A
         )
     try:
         _wait_until_healthy(url, process, log)
-        yield Airflow(url)
+        yield Airflow(url, process.pid)
     finally:
         _end_session(process)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from airflow.sdk import BaseHook, Connection
@@ -54,6 +55,10 @@ class RayLMHook(BaseHook):
             ClusterError: no host, an unreadable CA file, or the local cluster did not start.
         """
         return _client(self.get_connection(self.raylm_conn_id))
+
+    async def aget_conn(self) -> RayJobs:
+        """Do as ``get_conn`` without holding an event loop up."""
+        return await asyncio.to_thread(_client, await self.aget_connection(self.raylm_conn_id))
 
     def test_connection(self) -> tuple[bool, str]:
         """Return whether the dashboard answers and accepts the token, and a sentence about it."""

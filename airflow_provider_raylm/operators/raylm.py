@@ -7,19 +7,21 @@ job is already running for it, and when to stop it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, get_args
 
-from airflow.sdk import BaseOperator, XComArg, conf
+from airflow.sdk import BaseOperator, BaseOperatorLink, XComArg, conf
 
-from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.errors import SpecError, from_wire
 from airflow_provider_raylm.following import Follower, submit_or_attach
 from airflow_provider_raylm.hooks.raylm import RayLMHook
+from airflow_provider_raylm.links.raylm import OutputLink, RayJobLink, ServeApplicationLink, store_links
 from airflow_provider_raylm.naming import application_name, submission_id
 from airflow_provider_raylm.polling import Watch
-from airflow_provider_raylm.ray_jobs import JobRequest
+from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
 from airflow_provider_raylm.specs import (
     BatchReport,
     BatchSpec,
@@ -34,12 +36,32 @@ from airflow_provider_raylm.specs import (
     build,
     check_unrendered,
 )
+from airflow_provider_raylm.triggers.raylm import RayJobTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
 # What a deploy may take beyond its own timeout: the job's start, and the removal of an engine that failed.
 _DEPLOY_GRACE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a task has the cluster do.
+
+    Attributes:
+        verb: deploy, infer, teardown or sweep.
+        payload: the verb's arguments, JSON values.
+        timeout: seconds after which its job is stopped; None leaves it to ``execution_timeout``.
+        application: the engine that it concerns, for the links.
+        output: where answers go, for the links.
+    """
+
+    verb: str
+    payload: Mapping[str, Any]
+    timeout: float | None = None
+    application: str | None = None
+    output: str | None = None
 
 
 class RayLMOperator(BaseOperator):
@@ -53,6 +75,7 @@ class RayLMOperator(BaseOperator):
     """
 
     ui_color = "#cfe8ff"
+    operator_extra_links: Collection[BaseOperatorLink] = (RayJobLink(),)
 
     def __init__(
         self, *, raylm_conn_id: str = RayLMHook.default_conn_name, poll_interval: float = 3.0, **kwargs: Any
@@ -62,32 +85,31 @@ class RayLMOperator(BaseOperator):
         self.poll_interval = poll_interval
         self._follower: Follower | None = None
 
-    def run_on_cluster(
-        self, context: Context, verb: str, payload: Mapping[str, Any], *, timeout: float | None = None
-    ) -> tuple[dict[str, Any], str]:
-        """Run *verb* and return (its result, the dashboard's address).
-
-        Args:
-            context: Airflow's context of the task.
-            verb: deploy, infer, teardown or sweep.
-            payload: the verb's arguments, JSON values.
-            timeout: seconds after which the job is stopped; None leaves it to ``execution_timeout``.
+    def run_on_cluster(self, context: Context, command: Command) -> tuple[dict[str, Any], str]:
+        """Run *command* and return (its result, the dashboard's address).
 
         Raises:
             RayLMError: what the cluster reported, or why it could not.
         """
+        with closing(RayLMHook(self.raylm_conn_id).get_conn()) as jobs:
+            follower = self._begin(jobs, context, command)
+            deadline = time.time() + command.timeout if command.timeout is not None else None
+            return follower.wait(Watch(deadline=deadline)), jobs.dashboard_url
+
+    def _begin(self, jobs: RayJobs, context: Context, command: Command) -> Follower:
+        """Attach to the job that runs for this task and command, or submit one."""
         ti = context["ti"]
         task = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index if ti.map_index is not None else -1)
         metadata = {"dag_id": ti.dag_id, "run_id": ti.run_id, "task_id": ti.task_id, "map_index": str(task[3])}
 
         def request(attempt: int) -> JobRequest:
-            return JobRequest(submission_id(verb, task, payload, attempt), verb, payload, metadata)
+            name = submission_id(command.verb, task, command.payload, attempt)
+            return JobRequest(name, command.verb, command.payload, metadata)
 
-        with closing(RayLMHook(self.raylm_conn_id).get_conn()) as jobs:
-            job = submit_or_attach(jobs, request, self.log.info)
-            self._follower = Follower(jobs, job, self.log.info, self.poll_interval)
-            deadline = time.time() + timeout if timeout is not None else None
-            return self._follower.wait(Watch(deadline=deadline)), jobs.dashboard_url
+        job = submit_or_attach(jobs, request, self.log.info)
+        self._follower = Follower(jobs, job, self.log.info, self.poll_interval)
+        store_links(context, jobs.dashboard_url, job, command.application, command.output)
+        return self._follower
 
     def on_kill(self) -> None:
         """Stop the remote job; Airflow calls this when the task is marked, cleared or timed out."""
@@ -95,7 +117,60 @@ class RayLMOperator(BaseOperator):
             self._follower.end()
 
 
-class DeployEngineOperator(RayLMOperator):
+class DeferrableRayLMOperator(RayLMOperator):
+    """Runs one job, and needs no worker while it waits if *deferrable*.
+
+    Args:
+        deferrable: wait in the triggerer. Default: ``[operators] default_deferrable``.
+    """
+
+    def __init__(
+        self, *, deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False), **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.deferrable = deferrable
+
+    def command(self, context: Context) -> Command:
+        """Return what the cluster has to do.
+
+        Raises:
+            SpecError: what was given does not fit.
+        """
+        raise NotImplementedError
+
+    def finish(self, result: dict[str, Any], dashboard_url: str) -> dict[str, Any]:
+        """Return what the task returns, from the job's result."""
+        raise NotImplementedError
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Run the job and return its result."""
+        command = self.command(context)
+        if self.deferrable:
+            self._defer(context, command)
+        return self.finish(*self.run_on_cluster(context, command))
+
+    def _defer(self, context: Context, command: Command) -> NoReturn:
+        now = time.time()
+        # Airflow does not look at execution_timeout while a task is deferred.
+        bounds = [command.timeout, self.execution_timeout.total_seconds() if self.execution_timeout else None]
+        deadline = min((now + bound for bound in bounds if bound is not None), default=None)
+        with closing(RayLMHook(self.raylm_conn_id).get_conn()) as jobs:
+            job = self._begin(jobs, context, command).submission_id
+        trigger = RayJobTrigger(self.raylm_conn_id, job, self.poll_interval, deadline, now)
+        self.defer(trigger=trigger, method_name=self.resume.__name__)
+
+    def resume(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
+        """Return the result that the trigger brought.
+
+        Raises:
+            RayLMError: what the cluster reported, or why it could not.
+        """
+        if "error" in event:
+            raise from_wire(event["error"])
+        return self.finish(event["result"], event["dashboard_url"])
+
+
+class DeployEngineOperator(DeferrableRayLMOperator):
     """Deploys the run's engine, or adopts it when an earlier try brought it up. Use as a setup task.
 
     Returns an ``EngineRef`` as JSON values. Whatever a failed deploy created is removed again.
@@ -106,27 +181,30 @@ class DeployEngineOperator(RayLMOperator):
     """
 
     template_fields = ("engine",)
+    operator_extra_links = (RayJobLink(), ServeApplicationLink())
 
     def __init__(self, *, engine: EngineSpec | dict[str, Any] | XComArg, replace: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.engine = _renderable(EngineSpec, engine)
         self.replace = replace
 
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Deploy and return the EngineRef."""
+    def command(self, context: Context) -> Command:
+        """Return the deploy of the rendered spec."""
         spec = build(EngineSpec, self.engine)
+        labels = _labels(context, spec.name)
         payload = {
             "engine": spec.model_dump(mode="json", exclude_unset=True),
-            "labels": _labels(context, spec.name).model_dump(),
+            "labels": labels.model_dump(),
             "replace": self.replace,
         }
-        result, dashboard = self.run_on_cluster(
-            context, "deploy", payload, timeout=spec.deploy_timeout + _DEPLOY_GRACE_S
-        )
-        return _json(build(EngineRef, {**result, "dashboard_url": dashboard}))
+        return Command("deploy", payload, spec.deploy_timeout + _DEPLOY_GRACE_S, application_name(labels))
+
+    def finish(self, result: dict[str, Any], dashboard_url: str) -> dict[str, Any]:
+        """Return the EngineRef."""
+        return _json(build(EngineRef, {**result, "dashboard_url": dashboard_url}))
 
 
-class BatchInferenceOperator(RayLMOperator):
+class BatchInferenceOperator(DeferrableRayLMOperator):
     """Answers every row of a source with a deployed engine.
 
     Returns a ``BatchReport`` as JSON values: counts and places, never rows.
@@ -137,8 +215,9 @@ class BatchInferenceOperator(RayLMOperator):
             an earlier task's output.
     """
 
-    template_fields = ("engine", "batch")
+    template_fields: Collection[str] = ("engine", "batch")
     template_fields_renderers: ClassVar[dict[str, str]] = {"batch": "json"}
+    operator_extra_links = (RayJobLink(), ServeApplicationLink(), OutputLink())
 
     def __init__(
         self,
@@ -151,15 +230,16 @@ class BatchInferenceOperator(RayLMOperator):
         self.engine = _renderable(EngineRef, engine)
         self.batch = _renderable(BatchSpec, batch)
 
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Run the pipeline and return the BatchReport."""
+    def command(self, context: Context) -> Command:
+        """Return the inference of the rendered spec."""
         if self.engine is None:
             raise SpecError("engine: the deploy task left no reference. Clear the deploy task together with this one.")
-        payload = {
-            "engine": _json(build(EngineRef, self.engine)),
-            "batch": build(BatchSpec, self.batch).model_dump(mode="json", exclude_unset=True),
-        }
-        result, _ = self.run_on_cluster(context, "infer", payload)
+        engine, batch = build(EngineRef, self.engine), build(BatchSpec, self.batch)
+        payload = {"engine": _json(engine), "batch": batch.model_dump(mode="json", exclude_unset=True)}
+        return Command("infer", payload, application=engine.application, output=batch.output)
+
+    def finish(self, result: dict[str, Any], dashboard_url: str) -> dict[str, Any]:
+        """Return the BatchReport."""
         report = build(BatchReport, result)
         self.log.info(
             "%d rows in = %d written + %d quarantined + %d already done; %.1f rows/s, %.0f tokens/s; output %s",
@@ -169,7 +249,7 @@ class BatchInferenceOperator(RayLMOperator):
         return _json(report)
 
 
-class TeardownEngineOperator(RayLMOperator):
+class TeardownEngineOperator(DeferrableRayLMOperator):
     """Deletes the run's engine and waits until its resources are free. Use as a teardown task.
 
     Returns a ``TeardownReport`` as JSON values. An engine that is gone already is success.
@@ -183,6 +263,7 @@ class TeardownEngineOperator(RayLMOperator):
     """
 
     template_fields = ("engine",)
+    operator_extra_links = (RayJobLink(), ServeApplicationLink())
 
     def __init__(
         self,
@@ -199,8 +280,8 @@ class TeardownEngineOperator(RayLMOperator):
         self.drain_timeout = drain_timeout
         self.engine = engine if isinstance(engine, str) else _renderable(EngineRef, engine)
 
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Tear down and return the TeardownReport."""
+    def command(self, context: Context) -> Command:
+        """Return the teardown of the run's engine."""
         if isinstance(self.engine, str):
             application = application_name(_labels(context, self.engine))
         elif self.engine is None:
@@ -211,7 +292,10 @@ class TeardownEngineOperator(RayLMOperator):
         else:
             application = build(EngineRef, self.engine).application
         payload = {"application": application, "on_busy": self.on_busy, "drain_timeout": self.drain_timeout}
-        result, _ = self.run_on_cluster(context, "teardown", payload)
+        return Command("teardown", payload, application=application)
+
+    def finish(self, result: dict[str, Any], dashboard_url: str) -> dict[str, Any]:
+        """Return the TeardownReport."""
         report = build(TeardownReport, result)
         self.log.info(
             "engine %s: %.0f s, %d requests, %d generated tokens",
@@ -237,14 +321,14 @@ class SweepEnginesOperator(RayLMOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Sweep and return the SweepReport."""
         payload: dict[str, Any] = {"delete": [], "max_age": None, "installation": _installation()}
-        listed, _ = self.run_on_cluster(context, "sweep", payload)
+        listed, _ = self.run_on_cluster(context, Command("sweep", payload))
         over = [
             engine.application
             for engine in build(SweepReport, listed).engines
             if not _run_is_alive(context, engine.labels)
         ]
         max_age = self.max_age.total_seconds() if self.max_age is not None else None
-        result, _ = self.run_on_cluster(context, "sweep", {**payload, "delete": over, "max_age": max_age})
+        result, _ = self.run_on_cluster(context, Command("sweep", {**payload, "delete": over, "max_age": max_age}))
         report = build(SweepReport, result)
         self.log.info("%d engines found, %d deleted", len(report.engines), len(report.deleted))
         return _json(report)

@@ -1,6 +1,7 @@
 """The whole thing: a real Airflow, a real Ray, a real engine, driven over REST as an operator would."""
 
 import time
+from urllib.parse import quote
 
 import pyarrow.dataset as ds
 import pytest
@@ -21,7 +22,11 @@ def model(cluster):
 
 @pytest.fixture(scope="module")
 def airflow(cluster):
-    environ = {"AIRFLOW_CONN_RAYLM_DEFAULT": cluster.connection_uri()}
+    # The demo runs the same DAG with workers that wait.
+    environ = {
+        "AIRFLOW_CONN_RAYLM_DEFAULT": cluster.connection_uri(),
+        "AIRFLOW__OPERATORS__DEFAULT_DEFERRABLE": "True",
+    }
     with standalone(cluster.folder / "airflow", DAGS, environ) as airflow:
         yield airflow
 
@@ -94,6 +99,16 @@ def test_the_task_log_is_for_people(quickstart, airflow):
     assert "43 rows in = 43 written + 0 quarantined + 0 already done" in log
     assert "RAYLM-RESULT" not in log
     assert "WARNING" not in log
+
+
+def test_links_lead_to_job_engine_and_output(quickstart, airflow, cluster):
+    """As the task's page asks for them."""
+    run, results = quickstart
+    links = airflow.call("GET", f"/dags/raylm_quickstart/dagRuns/{quote(run)}/taskInstances/label/links")["extra_links"]
+
+    assert links["Ray job"].startswith(f"{cluster.url}/#/jobs/raylm-infer-label-")
+    assert links["Serve application"] == f"{cluster.url}/#/serve/applications/{results['label']['application']}"
+    assert links["Output"] == results["label"]["output"]
 
 
 def test_label_and_keywords_ran_side_by_side(quickstart, airflow):

@@ -51,6 +51,39 @@ def test_every_dag_runs(dagbag, dag_id, engines, tasks):
     assert fake.engines == {}
 
 
+def test_a_dag_runs_without_workers_that_wait(dagbag, monkeypatch):
+    """Deferred and resumed, it ends as it does otherwise; an error comes back as what it was."""
+    fake = FakeRayJobs()
+    fake.fail("keywords", EngineError("the engine has failed"))
+    for task in dagbag.dags["raylm_quickstart"].tasks:
+        if hasattr(task, "deferrable"):
+            monkeypatch.setattr(task, "deferrable", True)
+    dag_run = run(dagbag, "raylm_quickstart", fake)
+
+    assert states(dag_run) == {
+        "deploy_reviewer": "success",
+        "label": "success",
+        "keywords": "failed",
+        "reply": "success",
+        "teardown_reviewer": "success",
+    }
+    assert fake.engines == {}
+
+
+def test_links_lead_to_job_engine_and_output(dagbag):
+    """They are stored when the task has its job, and still there at its end."""
+    fake = FakeRayJobs()
+    dag_run = run(dagbag, "raylm_quickstart", fake)
+    (label,) = (ti for ti in dag_run.get_task_instances() if ti.task_id == "label")
+    operator = dagbag.dags["raylm_quickstart"].task_dict["label"]
+    links = {link.name: label.xcom_pull("label", key=link.xcom_key) for link in operator.operator_extra_links}
+    job = next(request.submission_id for request in fake.submitted if request.metadata["task_id"] == "label")
+
+    assert links["Ray job"] == f"http://fake-ray:8265/#/jobs/{job}"
+    assert links["Serve application"].startswith("http://fake-ray:8265/#/serve/applications/raylm-reviewer-")
+    assert links["Output"] == "s3://out/quickstart/label"
+
+
 def test_templates_are_rendered(dagbag):
     """Params reach the specs, and one task's output is the next one's source."""
     fake = FakeRayJobs()
@@ -114,3 +147,58 @@ def test_an_engine_is_torn_down_after_all_that_use_it(dagbag):
         dag = dagbag.dags[dag_id]
         assert any(task.startswith("teardown_") for task in dag.get_task(last).downstream_task_ids), dag_id
     assert "teardown_sorter" in dagbag.dags["raylm_two_engines"].get_task("topic").downstream_task_ids
+
+
+@pytest.fixture
+def decorated(airflow_db, tmp_path):
+    """A DAG of decorated functions, in a file as users write it."""
+    (tmp_path / "decorated.py").write_text(DECORATED)
+    bag = DagBag(str(tmp_path))
+    assert bag.import_errors == {}
+    return bag
+
+
+DECORATED = """
+from airflow.sdk import DAG, task
+
+from airflow_provider_raylm.authoring import shared_engine
+from airflow_provider_raylm.specs import BatchSpec
+
+with DAG("decorated", schedule=None, params={"day": "monday"}), shared_engine("reader", model="m") as engine:
+
+    @task.raylm(engine=engine.ref, batch={"prompt": "Sum up: ${text}", "max_tokens": 9})
+    def summary(params):
+        return {"source": f"in/{params['day']}.txt", "output": "out/{{ params.day }}"}
+
+    @task.raylm(engine=engine.ref)
+    def language(summary):
+        return BatchSpec(source=summary["output"], prompt="Which? ${text}", output="language")
+
+    @task.raylm(engine=engine.ref)
+    def part(number):
+        return {"source": f"{number}.txt", "prompt": "${text}", "output": f"part-{number}"}
+
+    @task.raylm(engine=engine.ref)
+    def nothing():
+        return None
+
+    language(summary())
+    part.expand(number=[1, 2])
+    nothing()
+"""
+
+
+def test_a_function_can_make_the_spec(decorated):
+    """When the task runs, from what earlier tasks and the context give it; alone or mapped."""
+    fake = FakeRayJobs()
+    dag_run = run(decorated, "decorated", fake)
+
+    assert fake.batches["summary"].sources == ("in/monday.txt",)
+    assert (fake.batches["summary"].output, fake.batches["summary"].max_tokens) == ("out/monday", 9)
+    assert fake.batches["language"].sources == ("out/monday",)
+    assert {request.payload["batch"]["output"] for request in fake.submitted if request.verb == "infer"} >= {
+        "part-1",
+        "part-2",
+    }
+    assert [task for task, state in states(dag_run).items() if state == "failed"] == ["nothing"]
+    assert fake.engines == {}

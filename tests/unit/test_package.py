@@ -74,7 +74,7 @@ def test_provider_info_passes_airflows_schema():
     info = get_provider_info()
     jsonschema.validate(info, schema)
 
-    for kind in ("operators", "hooks"):
+    for kind in ("operators", "hooks", "triggers"):
         for entry in info[kind]:
             for module in entry["python-modules"]:
                 assert module in modules(cluster=False)
@@ -89,6 +89,10 @@ def test_airflow_finds_the_provider():
     manager = ProvidersManager()
     assert "airflow-provider-raylm" in manager.providers
     assert manager.hooks["raylm"].hook_name == "Ray LM"
+    links = {name for name in manager.extra_links_class_names if "raylm" in name}
+    assert links == {
+        f"airflow_provider_raylm.links.raylm.{link}Link" for link in ("RayJob", "ServeApplication", "Output")
+    }
 
 
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "LICENSE"])

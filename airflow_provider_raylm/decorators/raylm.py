@@ -1,0 +1,67 @@
+"""``@task.raylm``: an inference task whose BatchSpec a function returns when the task runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from airflow.sdk.bases.decorator import DecoratedOperator, TaskDecorator, determine_kwargs, task_decorator_factory
+from airflow.sdk.definitions.context import context_merge
+
+from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
+from airflow_provider_raylm.specs import BatchSpec
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+
+class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
+    """Answers the rows that a function's BatchSpec tells.
+
+    Args:
+        python_callable: returns a BatchSpec or a dict with its fields; strings in it may be Jinja templates.
+        batch: fields of the BatchSpec that the function need not return; what it returns goes over them.
+        **kwargs: as BatchInferenceOperator's, and what TaskFlow gives the function.
+    """
+
+    custom_operator_name = "@task.raylm"
+    # What the function returned is known only when it has run.
+    overwrite_rtif_after_execution = True
+    template_fields = (*DecoratedOperator.template_fields, *BatchInferenceOperator.template_fields)
+    template_fields_renderers: ClassVar[dict[str, str]] = {
+        **DecoratedOperator.template_fields_renderers,
+        **BatchInferenceOperator.template_fields_renderers,
+    }
+
+    def __init__(
+        self, *, python_callable: Callable[..., Any], batch: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(python_callable=python_callable, batch=None, **kwargs)
+        self.batch = dict(batch or {})
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Call the function, then do as BatchInferenceOperator.
+
+        Raises:
+            SpecError: the function returned something else, or what it returned does not fit.
+        """
+        context_merge(context, self.op_kwargs)
+        kwargs = determine_kwargs(self.python_callable, self.op_args, context)
+        returned = self.python_callable(*self.op_args, **kwargs)
+        if isinstance(returned, BatchSpec):
+            returned = returned.model_dump(mode="json", exclude_unset=True)
+        if not isinstance(returned, Mapping):
+            raise SpecError(
+                f"@task.raylm: {self.task_id} returned {type(returned).__name__}, not a BatchSpec or a dict"
+            )
+        self.batch = self.render_template({**self.batch, **returned}, context)
+        result: dict[str, Any] = super().execute(context)
+        return result
+
+
+def raylm_task(python_callable: Callable[..., Any] | None = None, **kwargs: Any) -> TaskDecorator:
+    """Make an inference task of a function; see RayLMDecoratedOperator."""
+    return task_decorator_factory(
+        python_callable=python_callable, decorated_operator_class=RayLMDecoratedOperator, **kwargs
+    )

@@ -1,0 +1,55 @@
+"""The buttons of a task: its job and its engine on the Ray dashboard, and where its answers are.
+
+They are there as soon as the task has its job, also while it is deferred.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from airflow.sdk import BaseOperatorLink
+from airflow.sdk.execution_time.xcom import XCom
+
+if TYPE_CHECKING:
+    from airflow.sdk import BaseOperator, Context
+    from airflow.sdk.types import TaskInstanceKey
+
+
+class RayLMLink(BaseOperatorLink):
+    """A link that the task stores under ``xcom_key`` when it knows where it leads."""
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """Return what the task stored; empty while it has not."""
+        return str(XCom.get_value(ti_key=ti_key, key=self.xcom_key) or "")
+
+    def store(self, context: Context, url: str) -> None:
+        """Store where it leads."""
+        context["ti"].xcom_push(key=self.xcom_key, value=url)
+
+
+class RayJobLink(RayLMLink):
+    """The task's job on the Ray dashboard."""
+
+    name = "Ray job"
+
+
+class ServeApplicationLink(RayLMLink):
+    """The engine on the Ray dashboard."""
+
+    name = "Serve application"
+
+
+class OutputLink(RayLMLink):
+    """The folder that receives the answers."""
+
+    name = "Output"
+
+
+def store_links(context: Context, dashboard_url: str, job: str, application: str | None, output: str | None) -> None:
+    """Store where the links of a task lead that has its job."""
+    RayJobLink().store(context, f"{dashboard_url}/#/jobs/{quote(job)}")
+    if application is not None:
+        ServeApplicationLink().store(context, f"{dashboard_url}/#/serve/applications/{quote(application)}")
+    if output is not None:
+        OutputLink().store(context, output)
