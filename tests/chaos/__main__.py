@@ -11,9 +11,11 @@ import statistics
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from tests.chaos import airflow_faults, cluster_faults  # noqa: F401 - they register their faults
 from tests.chaos.faults import FAULTS
 from tests.chaos.scene import Accounts, Scene
 from tests.clusters import ray_cluster
@@ -27,8 +29,8 @@ NOTHING = ("rows_lost", "rows_duplicated", "engines_left", "processes_left")
 
 def run(wanted, repeats, seed):
     """Yield (fault, the accounts of its repeats) as they come; the accounts of one that went wrong are None."""
-    with ray_cluster() as cluster:
-        scene = Scene(cluster, random.Random(seed))
+    with ray_cluster() as cluster, ExitStack() as stack:
+        scene = Scene(cluster, random.Random(seed), stack)
         scene.engine = scene.deploy("shared")
         for name in wanted:
             every = []

@@ -5,13 +5,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from airflow_provider_raylm.errors import BatchError, RayLMError
-from tests.chaos.scene import Accounts, Scene, kill
+from airflow_provider_raylm.errors import BatchError, EngineError, RayLMError
+from tests.chaos.scene import AT_MOST_REDONE, Accounts, Scene, application, kill, labels
 from tests.chaos.witness import DEADLY, WITNESS
 
 ROWS = 5_000
@@ -59,23 +59,42 @@ def other_run_ends(scene):
     others = scene.batch(scene.table(ROWS))
     job = scene.start(others, other)
     accounts = _task_survives(scene, lambda: scene.teardown(other))
-    _end(scene, job)
+    end(scene, job)
     return accounts
 
 
 @fault
 def driver_killed(scene):
-    """Airflow's retry goes on."""
-    batch = scene.batch(scene.table(ROWS))
-    with scene.accounted(batch, ROWS) as accounts:
-        job = scene.start(batch)
-        scene.at_a_random_moment(batch)
-        kill(scene.driver(batch))
-        harmed = time.monotonic()
-        with pytest.raises(RayLMError):
-            scene.finish(job)
+    """Airflow's retry goes on. The stage's actor may finish what it has begun before Ray ends it."""
+    return _killed(scene, 1, lambda: kill(scene.driver()), within=1)
+
+
+@fault
+def job_killed_twenty_times(scene):
+    """The driver, and the stage's actor, which then finishes nothing."""
+
+    def harm():
+        for process in (scene.driver(), scene.process("AnswerAndWrite")):
+            kill(process)
+
+    # As soon as something is written: there have to be rows left for twenty attempts.
+    return _killed(scene, 20, harm, within=0.1)
+
+
+def _killed(scene: Scene, kills: int, harm: Callable[[], None], within: float) -> Accounts:
+    rows = 10_000
+    batch = scene.batch(scene.table(rows))
+    with scene.accounted(batch, rows) as accounts:
+        for _ in range(kills):
+            job = scene.start(batch)
+            scene.at_a_random_moment(batch, within)
+            harm()
+            harmed = time.monotonic()
+            with pytest.raises(RayLMError):
+                scene.finish(job)
         scene.retry(batch)
         accounts.recovery_s = time.monotonic() - harmed
+    assert accounts.rows_redone <= kills * AT_MOST_REDONE, accounts
     return accounts
 
 
@@ -83,7 +102,8 @@ def driver_killed(scene):
 def row_kills_engine(scene):
     """One row at which vLLM's worker dies, every time it is asked."""
     deadly = scene.chance.randrange(ROWS)
-    batch = scene.batch(scene.table(ROWS, bad=lambda i: f"{DEADLY} {i}" if i == deadly else None))
+    # One cut of a block this small leaves one row: a start of the engine less.
+    batch = scene.batch(scene.table(ROWS, lambda i: f"{DEADLY if i == deadly else ''} row {i}"), block_rows=16)
     started = time.monotonic()
     with scene.accounted(batch, ROWS) as accounts:
         report = scene.finish(scene.start(batch))
@@ -92,14 +112,21 @@ def row_kills_engine(scene):
     return accounts
 
 
+# What no engine can answer, and what only looks like it: control characters, half a character, nested values.
+POISON = ["word " * 2_000, None, "x" * 2**20, "", " \u2028\n"]
+STRANGE = ["\x00\x01\x02", "half \ud800", {"nested": [{}]}]
+
+
 @fault
 def poison_rows(scene):
-    """Five in a hundred of 10,000 rows that no engine can answer, of every kind."""
-    kinds = ["word " * 2_000, "", "\x00\x01\x02", "x" * 2**20, " \u2028\n"]
-    rows = 10_000
-    batch = scene.batch(scene.table(rows, bad=lambda i: kinds[i // 20 % len(kinds)] if i % 20 == 0 else None))
+    """Five in a hundred of 10,000 rows."""
+    rows, kinds = 10_000, POISON + STRANGE
+    poison = range(0, rows, 20)
+    table = scene.table(rows, lambda i: kinds[i // 20 % len(kinds)] if i in poison else f"row {i}")
+    batch = scene.batch(table)
     with scene.accounted(batch, rows) as accounts:
         scene.finish(scene.start(batch))
+    assert accounts.rows_quarantined == sum(i // 20 % len(kinds) < len(POISON) for i in poison)
     return accounts
 
 
@@ -157,15 +184,52 @@ def two_attempts_at_once(scene):
         jobs = [scene.start(batch)]
         scene.at_a_random_moment(batch)
         jobs.append(scene.start(batch))
-        ended = [_end(scene, job) for job in jobs]
+        ended = [end(scene, job) for job in jobs]
         if not any(ended):
             scene.retry(batch)
     return accounts
 
 
-def _end(scene, job):
+def end(scene, job):
     try:
         return bool(scene.finish(job))
     except RayLMError as error:
         print(f"chaos: {job} ended with {error}", flush=True)
         return False
+
+
+@fault
+def broken_model(scene):
+    with pytest.raises(EngineError, match="/no/such/model"):
+        scene.deploy("broken", model="/no/such/model")
+    return Accounts()
+
+
+@fault
+def deploy_killed(scene):
+    """Nobody is left to clean up but the lease."""
+    spec = scene.spec("half", deploy_timeout=30, lease={"idle_timeout": 10, "max_lifetime": 3600})
+    job = scene.cluster.start("deploy", {"engine": spec, "labels": labels("half"), "replace": False})
+    started = time.monotonic()
+    scene.until(lambda: scene.replica(application("half")), 60)
+    time.sleep(scene.chance.uniform(0, 10))
+    kill(scene.driver("deploy"))
+    assert not end(scene, job)
+    scene.until(scene.engines, 30)
+    scene.until(lambda: not scene.engines(), 120)
+    return Accounts(recovery_s=time.monotonic() - started)
+
+
+@fault
+def teardown_thrice(scene):
+    """Killed half-way, then done, then once more."""
+    engine = scene.deploy("torn")
+    job = scene.cluster.start("teardown", {"application": engine["application"]})
+    teardown = scene.until(lambda: scene.driver("teardown"), 60)
+    time.sleep(scene.chance.uniform(0, 8))
+    with suppress(ProcessLookupError):
+        kill(teardown)
+    end(scene, job)
+    scene.teardown(engine)
+    assert scene.teardown(engine)["existed"] is False
+    return Accounts()

@@ -5,31 +5,40 @@ import os
 import random
 import signal
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import psutil
-import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from airflow_provider_raylm import local
+from airflow_provider_raylm.cluster.window import window
 from airflow_provider_raylm.errors import RayLMError
+from airflow_provider_raylm.naming import application_name
+from airflow_provider_raylm.specs import Labels
 from tests.chaos.witness import WITNESS
 from tests.clusters import Cluster
+from tests.standalone import Airflow, standalone
 from tests.tiny_model import make_tiny_model
 
 ENGINE_KWARGS = {
     "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 512,
+    "max_num_seqs": 256,
     "logits_processors": ["tests.chaos.witness:Witness"],
 }
 INSTALLATION = "chaos"
-LEASE = {"idle_timeout": 600, "max_lifetime": 7200}
+LEASE = {"idle_timeout": 3600, "max_lifetime": 36_000}
+BLOCK_ROWS = 64
+# What a task that is killed may have to ask again: the rows on their way, and two blocks.
+AT_MOST_REDONE = (window(None, BLOCK_ROWS, ENGINE_KWARGS["max_num_seqs"]) + 2) * BLOCK_ROWS
 FIRST_PART_TIMEOUT_S = 120.0
 JOB_TIMEOUT_S = 900.0
+# Of one core: vLLM's processes look around a little while they wait.
+IDLE_PERCENT = 15
 
 
 @dataclass
@@ -49,11 +58,13 @@ class Accounts:
 
 @dataclass
 class Scene:
-    """One cluster with one engine, as a run has it."""
+    """One cluster with one engine, as a run has it; and an Airflow, from when it is asked for to the stack's end."""
 
     cluster: Cluster
     chance: random.Random
+    stack: ExitStack
     engine: dict = field(default_factory=dict)
+    _airflow: Airflow | None = None
 
     def spec(self, name, **fields):
         """Return the spec of an engine with a witness."""
@@ -71,6 +82,24 @@ class Scene:
         }
 
     @property
+    def airflow(self):
+        if self._airflow is None:
+            home = self.cluster.folder / f"airflow-{time.monotonic_ns()}"
+            environ = {
+                "AIRFLOW_CONN_RAYLM_DEFAULT": self.cluster.connection_uri(),
+                "AIRFLOW__RAYLM__INSTALLATION": INSTALLATION,
+            }
+            self._airflow = self.stack.enter_context(standalone(home, Path(__file__).parent / "dags", environ))
+        return self._airflow
+
+    def kill_airflow(self):
+        """Kill all of Airflow's processes without a chance to clean up."""
+        for pid in local.session(self.airflow.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._airflow = None
+
+    @property
     def witness(self):
         return self.cluster.folder / "witness"
 
@@ -85,12 +114,12 @@ class Scene:
     def teardown(self, engine):
         return self.cluster.run("teardown", {"application": engine["application"]})
 
-    def table(self, rows, bad=lambda i: None):
-        """Write *rows* distinct rows, some replaced by what *bad* returns for their number; return the folder."""
+    def table(self, rows, strange=lambda i: f"row {i}"):
+        """Write *rows* rows, with what *strange* returns for their number as text; return the folder."""
         folder = self.cluster.folder / f"in-{time.monotonic_ns()}"
         folder.mkdir()
-        texts = [value if (value := bad(i)) is not None else f"row {i}" for i in range(rows)]
-        pq.write_table(pa.table({"n": range(rows), "text": pa.array(texts, pa.string())}), folder / "0.parquet")
+        lines = (json.dumps({"n": i, "text": strange(i)}) for i in range(rows))
+        (folder / "0.jsonl").write_text("\n".join(lines))
         return folder
 
     def batch(self, source, **fields):
@@ -103,7 +132,7 @@ class Scene:
             "max_tokens": 32,
             "temperature": 0,
             "ignore_eos": True,
-            "block_rows": 64,
+            "block_rows": BLOCK_ROWS,
             "error_budget": 1,
             **fields,
         }
@@ -125,10 +154,9 @@ class Scene:
         raise AssertionError
 
     def at_a_random_moment(self, batch, within=2.0):
-        """Wait until the task writes, and some moments more."""
-        end = time.monotonic() + FIRST_PART_TIMEOUT_S
-        while not parts(batch) and time.monotonic() < end:
-            time.sleep(0.02)
+        """Wait until the task writes something new, and some moments more."""
+        before = len(parts(batch))
+        self.until(lambda: len(parts(batch)) > before, FIRST_PART_TIMEOUT_S, period=0.02)
         time.sleep(self.chance.uniform(0, within))
 
     @contextmanager
@@ -145,37 +173,49 @@ class Scene:
         accounts.rows_lost = rows - len({*ids, *failed})
         accounts.rows_redone = max(self.asked() - asked - rows, 0)
 
-    def replica(self, engine=None):
+    def replica(self, application=None):
         """Return the process of the engine's replica, or None."""
-        name = f"{(engine or self.engine)['application']}:engine"
-        return next((p for p in self.processes() if name in " ".join(p.info["cmdline"] or ())), None)
+        return self.process(f"{application or self.engine['application']}:engine")
 
-    def until(self, condition, timeout):
+    def inference_jobs(self):
+        """Return what Ray says of the inference jobs, also of those that have ended."""
+        headers = {"Authorization": f"Bearer {self.cluster.token}"}
+        jobs = httpx.get(f"{self.cluster.url}/api/jobs/", headers=headers, timeout=30).raise_for_status().json()
+        return [job for job in jobs if "airflow_provider_raylm.cluster infer" in job["entrypoint"]]
+
+    def until(self, condition, timeout, period=0.5):
         """Wait until *condition* holds, and return what it returned."""
         end = time.monotonic() + timeout
         while not (met := condition()):
             if time.monotonic() >= end:
                 raise TimeoutError(f"not so after {timeout:g} s")
-            time.sleep(0.5)
+            time.sleep(period)
         return met
 
     def engine_core(self):
         return next(p for p in self.replica().children() if "EngineCore" in " ".join(p.cmdline()))
 
-    def driver(self, batch):
-        """Return the process of the job that works on *batch*."""
-        return next(
-            p for p in self.processes() if "airflow_provider_raylm.cluster infer" in " ".join(p.info["cmdline"] or ())
-        )
+    def is_idle(self):
+        """Return whether the engine computes nothing."""
+        core = self.engine_core()
+        busy = sum(p.cpu_percent(interval=1) for p in [core, *core.children(recursive=True)])
+        return busy < IDLE_PERCENT
 
-    @property
-    def session(self):
-        """The id of the session of all processes of the cluster's head."""
-        return int(json.loads((self.cluster.folder / "ray" / "cluster.json").read_text())["pid"])
+    def driver(self, verb="infer"):
+        """Return the process of a job's driver, or None."""
+        return self.process(f"airflow_provider_raylm.cluster {verb}")
+
+    def dashboard(self):
+        """Return the process that answers the Jobs API."""
+        return self.process("dashboard/dashboard.py")
+
+    def process(self, words):
+        """Return a process with these words in its command line, or None."""
+        return next((p for p in self.processes() if words in " ".join(p.info["cmdline"])), None)
 
     def processes(self):
         """Return the processes of the cluster."""
-        members = set(local.session(self.session))
+        members = set(local.session(self.cluster.leader))
         found = []
         for process in psutil.process_iter(["cmdline"]):
             # A job's driver leads a session of its own, below the head's.
@@ -206,6 +246,10 @@ class Scene:
         return [
             p for p in self.processes() if p.pid not in kept and any(w in " ".join(p.info["cmdline"]) for w in words)
         ]
+
+
+def application(name):
+    return application_name(Labels(**labels(name)))
 
 
 def labels(name):

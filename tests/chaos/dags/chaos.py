@@ -1,0 +1,38 @@
+"""What the faults that concern Airflow happen to: a task on an engine that is there, and a run with its own."""
+
+from datetime import timedelta
+from pathlib import Path
+
+from airflow.sdk import DAG, Param
+
+from airflow_provider_raylm.operators.raylm import (
+    BatchInferenceOperator,
+    DeployEngineOperator,
+    TeardownEngineOperator,
+)
+
+KWARGS = {
+    "params": {"engine": Param({}, type="object"), "batch": Param({}, type="object")},
+    "render_template_as_native_obj": True,
+    "default_args": {"retries": 3, "retry_delay": timedelta(seconds=1)},
+}
+ENGINE, BATCH = "{{ params.engine }}", "{{ params.batch }}"
+
+
+def note_process(context):
+    """Let the fault find the process that runs the task."""
+    import os
+
+    Path(f"{context['params']['batch']['output']}.pid").write_text(str(os.getpid()))
+
+
+for dag_id, deferrable in (("chaos_on_an_engine", False), ("chaos_deferred", True)):
+    with DAG(dag_id, schedule=None, **KWARGS):
+        BatchInferenceOperator(
+            task_id="work", engine=ENGINE, batch=BATCH, on_execute_callback=note_process, deferrable=deferrable
+        )
+
+with DAG("chaos_with_its_own", schedule=None, dagrun_timeout=timedelta(seconds=170), **KWARGS):
+    deploy = DeployEngineOperator(task_id="deploy", engine=ENGINE)
+    work = BatchInferenceOperator(task_id="work", engine=deploy.output, batch=BATCH)
+    deploy >> work >> TeardownEngineOperator(task_id="teardown", engine=deploy.output).as_teardown(setups=deploy)
