@@ -7,7 +7,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,10 +64,12 @@ class Cluster:
     def listening_beyond_loopback(self):
         """Return (command line, port) of the head's processes that other machines could connect to."""
         found = []
-        for process in map(psutil.Process, local.session(self.leader)):
-            for connection in process.net_connections("inet"):
-                if connection.status == "LISTEN" and connection.laddr.ip.removeprefix("::ffff:") != local.HOST:
-                    found.append((" ".join(process.cmdline()), connection.laddr.port))
+        for pid in local.session(self.leader):
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                for connection in process.net_connections("inet"):
+                    if connection.status == "LISTEN" and connection.laddr.ip.removeprefix("::ffff:") != local.HOST:
+                        found.append((" ".join(process.cmdline()).strip(), connection.laddr.port))
         return found
 
     @property

@@ -3,7 +3,7 @@
 import asyncio
 import ssl
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import grpc
 import httpx
@@ -22,9 +22,11 @@ NOBODY = {"delete": [], "max_age": None, "installation": "nobody"}
 
 def environments(pids, words):
     """Yield the environments of the processes whose command line has *words*."""
-    for process in map(psutil.Process, pids):
-        if words in " ".join(process.cmdline()):
-            yield process.environ()
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if words in " ".join(process.cmdline()):
+                yield process.environ()
 
 
 def test_secrets_are_where_they_belong_and_nowhere_else(cluster, engine, secret):

@@ -37,6 +37,7 @@ def test_every_dag_parses(dagbag):
         ("raylm_daily_reviews", ["reviewer"], {"review"}),
         ("raylm_two_engines", ["sorter", "writer"], {"topic", "draft"}),
         ("raylm_partitions", ["reader"], {"language"}),
+        ("raylm_taskflow", ["reader"], {"summary", "language"}),
         ("raylm_sweep_engines", [], set()),
     ],
 )
@@ -149,56 +150,16 @@ def test_an_engine_is_torn_down_after_all_that_use_it(dagbag):
     assert "teardown_sorter" in dagbag.dags["raylm_two_engines"].get_task("topic").downstream_task_ids
 
 
-@pytest.fixture
-def decorated(airflow_db, tmp_path):
-    """A DAG of decorated functions, in a file as users write it."""
-    (tmp_path / "decorated.py").write_text(DECORATED)
-    bag = DagBag(str(tmp_path))
-    assert bag.import_errors == {}
-    return bag
-
-
-DECORATED = """
-from airflow.sdk import DAG, task
-
-from airflow_provider_raylm.authoring import shared_engine
-from airflow_provider_raylm.specs import BatchSpec
-
-with DAG("decorated", schedule=None, params={"day": "monday"}), shared_engine("reader", model="m") as engine:
-
-    @task.raylm(engine=engine.ref, batch={"prompt": "Sum up: ${text}", "max_tokens": 9})
-    def summary(params):
-        return {"source": f"in/{params['day']}.txt", "output": "out/{{ params.day }}"}
-
-    @task.raylm(engine=engine.ref)
-    def language(summary):
-        return BatchSpec(source=summary["output"], prompt="Which? ${text}", output="language")
-
-    @task.raylm(engine=engine.ref)
-    def part(number):
-        return {"source": f"{number}.txt", "prompt": "${text}", "output": f"part-{number}"}
-
-    @task.raylm(engine=engine.ref)
-    def nothing():
-        return None
-
-    language(summary())
-    part.expand(number=[1, 2])
-    nothing()
-"""
-
-
-def test_a_function_can_make_the_spec(decorated):
-    """When the task runs, from what earlier tasks and the context give it; alone or mapped."""
+def test_a_function_can_make_the_spec(dagbag, monkeypatch):
+    """When the task runs, from the context and from what earlier tasks return; and nothing else than a spec."""
     fake = FakeRayJobs()
-    dag_run = run(decorated, "decorated", fake)
+    run(dagbag, "raylm_taskflow", fake)
 
-    assert fake.batches["summary"].sources == ("in/monday.txt",)
-    assert (fake.batches["summary"].output, fake.batches["summary"].max_tokens) == ("out/monday", 9)
-    assert fake.batches["language"].sources == ("out/monday",)
-    assert {request.payload["batch"]["output"] for request in fake.submitted if request.verb == "infer"} >= {
-        "part-1",
-        "part-2",
-    }
-    assert [task for task, state in states(dag_run).items() if state == "failed"] == ["nothing"]
+    assert fake.batches["summary"].sources == ("s3://in/articles/*.parquet",)
+    assert fake.batches["summary"].prompt == "Sum up in one sentence: ${text}"
+    assert fake.batches["language"].sources == ("s3://out/taskflow/summary",)
+    assert (fake.batches["language"].output, fake.batches["language"].max_tokens) == ("s3://out/taskflow/language", 4)
+
+    monkeypatch.setattr(dagbag.dags["raylm_taskflow"].task_dict["summary"], "python_callable", lambda: None)
+    assert states(run(dagbag, "raylm_taskflow", fake))["summary"] == "failed"
     assert fake.engines == {}
