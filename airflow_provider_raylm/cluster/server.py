@@ -12,7 +12,6 @@ import json
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,14 +27,13 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from airflow_provider_raylm.cluster.llm import llm_config
 from airflow_provider_raylm.cluster.recovery import Gate
 from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal
+from airflow_provider_raylm.cluster.texts import Texts
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.specs import EngineSpec
 
 # The only codes that speak of one row: bad request, too large, unprocessable. Any other is the engine's trouble.
 _ROW_ERROR_CODES = frozenset({400, 413, 422})
 _TOO_LONG = re.compile(r"context length|maximum model length|longer than the maximum|too many tokens", re.I)
-# One at a time: vLLM copies its tokenizer for each further thread that uses it.
-_TOKENIZER = ThreadPoolExecutor(1, thread_name_prefix="raylm-tokenizer")
 # A step of the engine takes seconds at most, and it answers between steps.
 PING_TIMEOUT_S = 30.0
 _ERROR_LINE = re.compile(r"\b(\w*(?:Error|Exception): .+)")
@@ -77,6 +75,7 @@ class BlockLLMServer(LLMServer):
                 # vLLM's engine process dies with its reason printed, not raised.
                 reason = _last_error(log_starts) or reason
             raise EngineError(reason) from None
+        self._texts = Texts.of(self.engine._oai_serving_completion.renderer.tokenizer)
 
     async def capacity(self) -> int:
         """Return how many requests this replica's engine works on at a time, at most (vLLM's ``max_num_seqs``)."""
@@ -134,10 +133,10 @@ class BlockLLMServer(LLMServer):
         except Exception as error:
             return [self._refusal(error)] * len(contents)
         rendered: list[Any] | None = None
-        if question.tokenize is not None:
+        if question.encode is not None:
             # If one cannot be tokenised, or rendered, none is: one by one, it is that row's fault alone.
             with suppress(Exception):
-                contents = await asyncio.get_running_loop().run_in_executor(_TOKENIZER, question.tokenize, contents)
+                contents = await asyncio.to_thread(question.encode, contents)
                 rendered = await question.render(question.request.model_copy(update={question.field: contents}))
         block = uuid4().hex
         if isinstance(rendered, list):
@@ -179,16 +178,24 @@ class BlockLLMServer(LLMServer):
             request = CompletionRequest(prompt=".", **fields)
             render = serving.render_completion_request
         limits = [limit for limit in (request.max_tokens, serving.override_max_tokens) if limit is not None]
-        # Tokenised in one go where nothing is cut off, which vLLM's renderer does while it tokenises.
-        whole = not chat and request.truncate_prompt_tokens is None
+        sampling = request.to_sampling_params(min(limits), serving.default_sampling_params)
+        encode = decode = None
+        # In one go where nothing is cut off, which vLLM's renderer does while it tokenises.
+        if self._texts is not None and not chat and request.truncate_prompt_tokens is None:
+            encode = partial(self._texts.encode, add_special_tokens=request.add_special_tokens)
+        # vLLM looks for stop strings in the text as it grows.
+        if self._texts is not None and self._texts.decodes and not sampling.stop:
+            sampling.detokenize = False
+            decode = partial(self._texts.decode, skip_special_tokens=sampling.skip_special_tokens)
         return _Question(
             request,
             field="messages" if chat else "prompt",
             # What a reasoning or tool parser changes in a request and takes from its answer is vLLM's own affair.
             parsed=chat and serving.parser_cls is not None,
-            tokenize=partial(_token_ids, serving.renderer.tokenizer, request.add_special_tokens) if whole else None,
+            encode=encode,
+            decode=decode,
             render=render,
-            sampling=request.to_sampling_params(min(limits), serving.default_sampling_params),
+            sampling=sampling,
         )
 
     async def _answer(self, question: _Question, request_id: str, content: Content) -> Answer | Refusal:
@@ -220,8 +227,13 @@ class BlockLLMServer(LLMServer):
         (answer,) = output.outputs
         if answer.finish_reason == "error":
             raise EngineError("the engine gave a request up with finish_reason 'error'")
+        text = answer.text
+        if question.decode is not None:
+            # As in vLLM, the token that ended the answer is none of its text.
+            ended = answer.finish_reason == "stop" and not question.sampling.include_stop_str_in_output
+            text = question.decode(answer.token_ids[:-1] if ended else answer.token_ids)
         prompt_tokens = len(output.prompt_token_ids or ())
-        return Answer(answer.text, answer.finish_reason or "", prompt_tokens, len(answer.token_ids))
+        return Answer(text, answer.finish_reason or "", prompt_tokens, len(answer.token_ids))
 
     def _refusal(self, error: Exception) -> Refusal:
         """Return an error as one row's refusal, by vLLM's own judgement; raise EngineError when it is not."""
@@ -247,7 +259,8 @@ class _Question:
         request: the OpenAI request; a row's differs in one field.
         field: that field.
         parsed: whether rows go through the OpenAI layer, because the engine has a parser for its answers.
-        tokenize: from a block of prompts to token ids in one go, which a chat's template leaves no room for.
+        encode: from a block of prompts to token ids in one go, which a chat's template leaves no room for.
+        decode: from an answer's token ids to its text in one go; without it, vLLM does so token by token.
         render: from a request to the engine's inputs, by chat template and tokenizer.
         sampling: vLLM's sampling parameters.
     """
@@ -255,14 +268,10 @@ class _Question:
     request: Any
     field: str
     parsed: bool
-    tokenize: Callable[[list[Any]], list[Any]] | None
+    encode: Callable[[list[Any]], list[Any]] | None
+    decode: Callable[[list[int]], str] | None
     render: Callable[[Any], Awaitable[Any]]
     sampling: Any
-
-
-def _token_ids(tokenizer: Any, add_special_tokens: bool, prompts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(prompts, add_special_tokens=add_special_tokens)["input_ids"]
-    return ids
 
 
 def _of_layer(response: Any) -> Answer:

@@ -110,7 +110,7 @@ LONG = Workload(
     bars={"ours_vs_stock": 1.0, "ours_vs_offline": 0.95},
 )
 PREFIX = Workload(
-    rows=4_000,
+    rows=12_000,
     max_tokens=16,
     prefixes=3,
     contenders=("offline", "ours", "stock"),
