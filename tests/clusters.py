@@ -103,11 +103,11 @@ class Cluster:
             assert jobs.submit(JobRequest(job, verb, payload))
         return job
 
-    def finish(self, job, timeout=600.0, **kwargs):
+    def finish(self, job, timeout=600.0, poll_interval=0.5, **kwargs):
         """Wait for a job and return (result, the lines it said); its error is raised."""
         said = []
         with closing(self.client(**kwargs)) as jobs:
-            return Follower(jobs, job, said.append, 0.5).wait(Watch(deadline=time.time() + timeout)), said
+            return Follower(jobs, job, said.append, poll_interval).wait(Watch(deadline=time.time() + timeout)), said
 
     def run(self, verb, payload, **kwargs):
         """Run a job to its end and return its result; its error is raised."""

@@ -60,25 +60,27 @@ def case(name, every):
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="each fault once")
-    parser.add_argument("--only", nargs="+", choices=FAULTS)
+    parser.add_argument("--only", nargs="+", choices=FAULTS, help="of others, chaos.json keeps what it has")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
     # vLLM's worker imports the witness from the repository.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     OUT.mkdir(parents=True, exist_ok=True)
     print(f"chaos: seed {arguments.seed}", flush=True)
-    cases, broken = [], []
+    written = OUT / "chaos.json"
+    kept = json.loads(written.read_text())["cases"] if arguments.only and written.exists() else []
+    cases, broken = [one for one in kept if one["fault"] not in arguments.only], []
     for name, every in run(arguments.only or FAULTS, 1 if arguments.quick else REPEATS, arguments.seed):
         if every is None or any(getattr(one, count) for one in every for count in NOTHING):
             broken.append(name)
         if every:
             cases.append(case(name, every))
-            (OUT / "chaos.json").write_text(json.dumps({"cases": cases}, indent=1))
+            written.write_text(json.dumps({"cases": cases}, indent=1))
     columns = ["repeats", *(field.name for field in fields(Accounts))]
     print(f"\n{'fault':<24}" + "".join(f"{column.removeprefix('rows_'):>16}" for column in columns))
     for one in cases:
         print(f"{one['fault']:<24}" + "".join(f"{one[column]:>16}" for column in columns))
-    print(f"\nchaos: {'BROKEN: ' + ', '.join(broken) if broken else 'OK'}; {OUT / 'chaos.json'}")
+    print(f"\nchaos: {'BROKEN: ' + ', '.join(broken) if broken else 'OK'}; {written}")
     sys.exit(bool(broken))
 
 

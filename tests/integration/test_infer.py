@@ -66,6 +66,18 @@ def test_chats_equal_offline_vllm(infer, texts, offline, tmp_path):
     assert [row["response"] for row in read(tmp_path / "out")] == offline["chats"]
 
 
+def test_answers_that_end_early_equal_offline_vllm(infer, source, texts, offline, tmp_path):
+    """At a token, whose text is left out or not, and at a string."""
+    for number, (stop, expected) in enumerate(offline["stops"]):
+        output = tmp_path / str(number)
+        extra = {name: value for name, value in stop.items() if name != "stop"}
+        infer(source=source, output=str(output), stop=stop.get("stop"), extra_body=extra)
+        rows = read(output)
+
+        assert {row["text"]: row["response"] for row in rows} == dict(zip(texts, expected, strict=True)), stop
+        assert any(row["raylm_finish_reason"] == "stop" for row in rows)
+
+
 def test_steps_and_chained_tasks_agree(infer, cluster, engine, tmp_path):
     """Two steps in one task give what two tasks give, the second of which reads what the first wrote."""
     (tmp_path / "in.txt").write_text("".join(f"line {i}\n" for i in range(30)))
