@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from airflow_provider_raylm.errors import ClusterError
-from airflow_provider_raylm.polling import TERMINAL, Ended, JobInfo, Lost, Unreachable, Wait, Watch, decide
+from airflow_provider_raylm.polling import SUCCEEDED, TERMINAL, Ended, JobInfo, Lost, Unreachable, Wait, Watch, decide
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
 from airflow_provider_raylm.wire import SAID, outcome
 
@@ -21,19 +21,27 @@ class Stopped(ClusterError):
     """The job was stopped before its end: by the user, or because the task was told to end."""
 
 
-def submit_or_attach(jobs: RayJobs, request: Callable[[int], JobRequest], say: Say) -> str:
+def submit_or_attach(
+    jobs: RayJobs, request: Callable[[int], JobRequest], say: Say, wanted: Callable[[str], bool] = lambda _: False
+) -> str:
     """Return the submission id of the job to follow: the one that is running for this task, else a new one.
 
     Args:
         jobs: the cluster.
         request: makes the request of the n-th attempt; equal but for the id.
         say: receives a line about what was done.
+        wanted: whether the result of a job that has succeeded already, the last one, is still to be had.
     """
+    succeeded = None
     for attempt in itertools.count(1):
         candidate = request(attempt)
         job = jobs.get(candidate.submission_id)
         if job is not None and job.status in TERMINAL:
+            succeeded = candidate.submission_id if job.status == SUCCEEDED else None
             continue
+        if job is None and succeeded is not None and wanted(succeeded):
+            say(f"Ray job {succeeded} has succeeded already, for an attempt that did not live to see it")
+            return succeeded
         if job is None and jobs.submit(candidate):
             say(f"submitted Ray job {candidate.submission_id} to {jobs.dashboard_url}")
         else:

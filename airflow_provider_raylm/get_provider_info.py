@@ -24,6 +24,7 @@ def get_provider_info() -> dict[str, Any]:
             }
         ],
         "operators": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_raylm.operators.raylm"]}],
+        "sensors": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_raylm.sensors.raylm"]}],
         "hooks": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_raylm.hooks.raylm"]}],
         "triggers": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_raylm.triggers.raylm"]}],
         "task-decorators": [{"name": "raylm", "class-name": "airflow_provider_raylm.decorators.raylm.raylm_task"}],

@@ -11,6 +11,7 @@ import json
 import ssl
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,10 @@ from urllib.parse import quote
 import httpx
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.errors import ClusterError
+from airflow_provider_raylm.errors import ClusterError, SpecError
+from airflow_provider_raylm.naming import APPLICATION_PREFIX
 from airflow_provider_raylm.polling import JobInfo, Unreachable
+from airflow_provider_raylm.specs import EngineRef, build
 from airflow_provider_raylm.wire import REQUEST_VARIABLE
 
 # Linux refuses an environment string over 128 KiB (MAX_ARG_STRLEN).
@@ -85,6 +88,9 @@ class RayJobs(Protocol):
 
     def stop(self, submission_id: str) -> None:
         """Ask the job to stop; no error when it has ended or never was."""
+
+    def running_engines(self) -> tuple[EngineRef, ...]:
+        """Return the engines that can take work, whoever deployed them through this provider."""
 
     def close(self) -> None:
         """Give back what the client holds."""
@@ -188,6 +194,20 @@ class RayJobsClient:
         with self._open() as http:
             path = f"/api/jobs/{quote(submission_id, safe='')}/stop"
             self._call("POST", path, accept=(404,), http=http)
+
+    def running_engines(self) -> tuple[EngineRef, ...]:
+        """Return the engines that can take work, whoever deployed them through this provider."""
+        applications = self._call("GET", "/api/serve/applications/").json()["applications"]
+        found = []
+        for name, application in applications.items():
+            if not name.startswith(APPLICATION_PREFIX) or application["status"] != "RUNNING":
+                continue
+            for deployment in application["deployments"].values():
+                about = deployment["deployment_config"].get("user_config")
+                # An engine of another version may say what this one does not understand: it is not for this one.
+                with suppress(SpecError):
+                    found.append(build(EngineRef, {**(about or {}), "application": name, "dashboard_url": self._url}))
+        return tuple(found)
 
     def _upload_package(self) -> str:
         name, content = package_archive()

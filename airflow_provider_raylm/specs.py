@@ -413,6 +413,7 @@ class BatchReport(Value):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    source: tuple[str, ...] = Field((), description="Where the rows came from, as the task was told.")
     output: str
     quarantine: str
     application: str
@@ -460,6 +461,14 @@ class EngineUsage(Value):
         )
 
 
+class EngineSeconds(Value):
+    """Whom an engine's time went to. Tasks that work at the same time share it equally."""
+
+    loading: float = Field(0.0, description="Seconds until it could take work.")
+    idle: float = Field(0.0, description="Seconds in which no task worked.")
+    tasks: dict[str, float] = Field(default_factory=dict, description="Seconds by the output of the task.")
+
+
 class EngineInfo(Value):
     """An engine of this provider as found on the cluster."""
 
@@ -470,6 +479,7 @@ class EngineInfo(Value):
     age_seconds: float
     working: tuple[str, ...] = Field((), description="Outputs of the tasks that are at work on it.")
     usage: EngineUsage = Field(default_factory=EngineUsage)
+    spent: EngineSeconds = Field(default_factory=EngineSeconds)
 
 
 OnBusy = Literal["wait", "fail", "delete"]
@@ -483,6 +493,7 @@ class TeardownReport(Value):
     existed: bool
     engine_seconds: float = 0.0
     usage: EngineUsage = Field(default_factory=EngineUsage)
+    spent: EngineSeconds = Field(default_factory=EngineSeconds)
     resources_free: bool = Field(description="True when what the engine held is available again.")
 
 

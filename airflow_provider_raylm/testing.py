@@ -144,6 +144,10 @@ class FakeRayJobs:
         if job and job[0].status not in TERMINAL:
             self._jobs[submission_id] = (JobInfo(STOPPED), job[1])
 
+    def running_engines(self) -> tuple[EngineRef, ...]:
+        """Return the engines that are up."""
+        return tuple(_reference(application, engine) for application, engine in self._engines.items())
+
     def close(self) -> None:
         """Do nothing."""
 
@@ -163,15 +167,7 @@ class FakeRayJobs:
         if not adopted:
             self._engines[application] = _Engine(spec, labels)
             self.deployed.append(spec.name)
-        return EngineRef(
-            application=application,
-            deployment=ENGINE_DEPLOYMENT,
-            model=spec.served_model_name,
-            fingerprint=fingerprint(spec),
-            labels=labels,
-            lease=spec.lease,
-            adopted=adopted,
-        )
+        return _reference(application, self._engines[application]).model_copy(update={"adopted": adopted})
 
     def _infer(self, payload: dict[str, Any], request: JobRequest) -> Value:
         spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
@@ -181,6 +177,7 @@ class FakeRayJobs:
         if engine is None:
             raise EngineError(f"The engine {ref.application} is gone. Clear the deploy task together with this one.")
         report = BatchReport(
+            source=spec.sources,
             output=spec.output,
             quarantine=spec.quarantine_uri,
             application=ref.application,
@@ -217,3 +214,15 @@ class FakeRayJobs:
         for application in deleted:
             del self._engines[application]
         return SweepReport(engines=found, deleted=deleted)
+
+
+def _reference(application: str, engine: _Engine) -> EngineRef:
+    return EngineRef(
+        application=application,
+        deployment=ENGINE_DEPLOYMENT,
+        model=engine.spec.served_model_name,
+        fingerprint=fingerprint(engine.spec),
+        labels=engine.labels,
+        lease=engine.spec.lease,
+        replicas=engine.spec.max_replicas,
+    )

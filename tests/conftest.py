@@ -39,6 +39,14 @@ def airflow_db():
 
 
 @pytest.fixture(scope="session")
+def dagbag(airflow_db):
+    """The DAGs that users copy."""
+    from airflow.dag_processing.dagbag import DagBag
+
+    return DagBag(str(DAGS))
+
+
+@pytest.fixture(scope="session")
 def cluster():
     """A Ray cluster that asks for a token; all tests share it."""
     from tests.clusters import ray_cluster

@@ -34,6 +34,7 @@ from airflow_provider_raylm.specs import (
     BatchReport,
     EngineInfo,
     EngineRef,
+    EngineSeconds,
     EngineSpec,
     EngineUsage,
     Labels,
@@ -81,6 +82,12 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say) -> EngineR
     renew(name)
     seconds = time.monotonic() - started
     say(f"engine {name} is {'adopted' if adopted else 'up'} after {seconds:.0f} s")
+    return _reference(name, spec, labels, mark).model_copy(
+        update={"adopted": adopted, "deploy_seconds": round(seconds, 3)}
+    )
+
+
+def _reference(name: str, spec: EngineSpec, labels: Labels, mark: str) -> EngineRef:
     return EngineRef(
         application=name,
         deployment=ENGINE_DEPLOYMENT,
@@ -89,10 +96,8 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say) -> EngineR
         labels=labels,
         lease=spec.lease,
         replicas=spec.max_replicas,
-        adopted=adopted,
         ray_version=ray.__version__,
         vllm_version=_vllm_version(),
-        deploy_seconds=round(seconds, 3),
     )
 
 
@@ -171,11 +176,14 @@ def explained(application: str) -> Iterator[None]:
         lost = [cause for cause in causes if isinstance(cause, RayActorError | RayServeException)]
         if not lost:
             raise
-        require_running(application)
+        if _is_coming_back(application):
+            state = f"The engine is not well: {trouble(application)}. Retry the task: it waits for the engine and"
+        else:
+            require_running(application)
+            state = "The engine is running. Retry the task: it"
         raise EngineError(
             f"A call to the engine {application} failed, or the process that makes them died: "
-            f"{_last_line(str(lost[-1]))} The engine is running. Retry the task: it goes on with the rows that are "
-            "missing."
+            f"{_last_line(str(lost[-1]))} {state} goes on with the rows that are missing."
         ) from error
 
 
@@ -240,6 +248,7 @@ def teardown(application: str, say: Say, on_busy: OnBusy = "delete", drain_timeo
         existed=True,
         engine_seconds=round(info.age_seconds, 3) if info else 0.0,
         usage=info.usage if info else EngineUsage(),
+        spent=info.spent if info else EngineSeconds(),
         resources_free=_is_free(application),
     )
 
@@ -345,7 +354,11 @@ def _create(name: str, spec: EngineSpec, labels: Labels, mark: str) -> None:
     # The fingerprint is part of the deployment's name: status shows it without a call into a replica that may be
     # starting, busy or dead.
     keeper = serve.deployment(LeaseKeeper, name=f"{LEASE_DEPLOYMENT}-{mark}").options(
-        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, graceful_shutdown_wait_loop_s=SHUTDOWN_LOOK_S
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1000,
+        graceful_shutdown_wait_loop_s=SHUTDOWN_LOOK_S,
+        # The dashboard's REST API shows it: an engine is found without a job.
+        user_config=_reference(name, spec, labels, mark).model_dump(mode="json"),
     )
     now = time.time()
     # Loading is not idling: the idle time begins when the engine is up, or has to be.

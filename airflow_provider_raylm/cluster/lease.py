@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection
 from typing import Any
 
 from ray import serve
 
-from airflow_provider_raylm.specs import BatchReport, EngineUsage, Labels, Lease
+from airflow_provider_raylm.specs import BatchReport, EngineSeconds, EngineUsage, Labels, Lease
 
 CHECK_PERIOD_S = 5.0
 # A task renews every 10 seconds; one that missed three is dead.
@@ -26,6 +27,36 @@ def expiry(bounds: Lease, deployed_at: float, renewed_at: float, now: float) -> 
     if now - renewed_at >= bounds.idle_timeout:
         return f"no task has worked for idle_timeout ({bounds.idle_timeout:g} s)"
     return None
+
+
+class TimeSheet:
+    """Whom an engine's time goes to, from *now* on (Unix seconds). It loads until it is up."""
+
+    def __init__(self, now: float) -> None:
+        self._at = now
+        self._up = False
+        self._loading = 0.0
+        self._idle = 0.0
+        self._tasks: dict[str, float] = {}
+
+    def advance(self, now: float, working: Collection[str]) -> None:
+        """Book the time since the last call on those who are *working*, in equal shares."""
+        seconds, self._at = max(now - self._at, 0.0), max(now, self._at)
+        if not self._up:
+            self._loading += seconds
+        elif not working:
+            self._idle += seconds
+        for one in working:
+            self._tasks[one] = self._tasks.get(one, 0.0) + seconds / len(working)
+
+    def up(self) -> None:
+        """Say that the engine can take work."""
+        self._up = True
+
+    def spent(self) -> EngineSeconds:
+        """Return the sums."""
+        tasks = {one: round(seconds, 3) for one, seconds in self._tasks.items()}
+        return EngineSeconds(loading=round(self._loading, 3), idle=round(self._idle, 3), tasks=tasks)
 
 
 class LeaseKeeper:
@@ -56,17 +87,27 @@ class LeaseKeeper:
         self._renewed_at = idle_from
         self._working: dict[str, float] = {}
         self._usage = EngineUsage()
+        self._sheet = TimeSheet(deployed_at)
         threading.Thread(target=self._delete_when_over, name="raylm-lease", daemon=True).start()
 
+    async def reconfigure(self, _ref: dict[str, Any]) -> None:
+        """Take the engine's reference, which Serve shows to whoever looks for the engine, and do nothing with it."""
+
     async def renew(self, output: str | None = None) -> None:
-        """Begin the idle time anew; if *output* is given, the task that writes it is working."""
+        """Begin the idle time anew; if *output* is given, the task that writes it is working.
+
+        The first to call is the deploy, when the engine is up.
+        """
         self._renewed_at = time.time()
+        self._sheet.advance(self._renewed_at, self._at_work(self._renewed_at))
+        self._sheet.up()
         if output is not None:
             self._working[output] = self._renewed_at
 
     async def release(self, output: str) -> None:
         """Say that it is not any more."""
         self._renewed_at = time.time()
+        self._sheet.advance(self._renewed_at, self._at_work(self._renewed_at))
         self._working.pop(output, None)
 
     async def record(self, report: dict[str, Any]) -> None:
@@ -75,14 +116,20 @@ class LeaseKeeper:
         self._usage = self._usage.plus(BatchReport.model_validate(report))
 
     async def describe(self) -> dict[str, Any]:
-        """Return labels, age in seconds, who is working, and usage, as JSON values."""
+        """Return labels, age in seconds, who is working, usage, and whom the time went to, as JSON values."""
         now = time.time()
+        working = self._at_work(now)
+        self._sheet.advance(now, working)
         return {
             "labels": self._labels.model_dump(),
             "age_seconds": now - self._deployed_at,
-            "working": [output for output, renewed_at in self._working.items() if now - renewed_at < WORKING_S],
+            "working": working,
             "usage": self._usage.model_dump(),
+            "spent": self._sheet.spent().model_dump(),
         }
+
+    def _at_work(self, now: float) -> list[str]:
+        return [output for output, renewed_at in self._working.items() if now - renewed_at < WORKING_S]
 
     def _delete_when_over(self) -> None:
         while True:

@@ -115,6 +115,7 @@ def _report(spec: BatchSpec, ref: EngineRef, mark: str, tally: Tally, already_do
         prompt_tokens=tally.prompt_tokens,
         completion_tokens=tally.completion_tokens,
         seconds=round(seconds, 3),
+        source=spec.sources,
         output=spec.output,
         quarantine=spec.quarantine_uri,
         application=ref.application,

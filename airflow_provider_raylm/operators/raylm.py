@@ -20,6 +20,7 @@ from airflow_provider_raylm.following import Follower, submit_or_attach
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.links.raylm import OutputLink, RayJobLink, ServeApplicationLink, store_links
 from airflow_provider_raylm.naming import application_name, submission_id
+from airflow_provider_raylm.observability import announce, collect_lineage, measure, measure_batch, openlineage
 from airflow_provider_raylm.polling import Watch
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
 from airflow_provider_raylm.specs import (
@@ -39,10 +40,13 @@ from airflow_provider_raylm.specs import (
 from airflow_provider_raylm.triggers.raylm import RayJobTrigger
 
 if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
 
 # What a deploy may take beyond its own timeout: the job's start, and the removal of an engine that failed.
 _DEPLOY_GRACE_S = 600.0
+# In the task's state store, which a retry sees, and so does a task that was cleared: the job whose result it returned.
+_LANDED = "raylm_landed"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Command:
         timeout: seconds after which its job is stopped; None leaves it to ``execution_timeout``.
         application: the engine that it concerns, for the links.
         output: where answers go, for the links.
+        lasting: whether its result still holds when nobody was there to take it: a retry takes it then.
     """
 
     verb: str
@@ -62,6 +67,22 @@ class Command:
     timeout: float | None = None
     application: str | None = None
     output: str | None = None
+    lasting: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a command.
+
+    Attributes:
+        result: what the job reported.
+        dashboard_url: the dashboard's address.
+        submission_id: the job.
+    """
+
+    result: dict[str, Any]
+    dashboard_url: str
+    submission_id: str
 
 
 class RayLMOperator(BaseOperator):
@@ -85,8 +106,8 @@ class RayLMOperator(BaseOperator):
         self.poll_interval = poll_interval
         self._follower: Follower | None = None
 
-    def run_on_cluster(self, context: Context, command: Command) -> tuple[dict[str, Any], str]:
-        """Run *command* and return (its result, the dashboard's address).
+    def run_on_cluster(self, context: Context, command: Command) -> Outcome:
+        """Run *command* and return its outcome.
 
         Raises:
             RayLMError: what the cluster reported, or why it could not.
@@ -94,7 +115,7 @@ class RayLMOperator(BaseOperator):
         with closing(RayLMHook(self.raylm_conn_id).get_conn()) as jobs:
             follower = self._begin(jobs, context, command)
             deadline = time.time() + command.timeout if command.timeout is not None else None
-            return follower.wait(Watch(deadline=deadline)), jobs.dashboard_url
+            return Outcome(follower.wait(Watch(deadline=deadline)), jobs.dashboard_url, follower.submission_id)
 
     def _begin(self, jobs: RayJobs, context: Context, command: Command) -> Follower:
         """Attach to the job that runs for this task and command, or submit one."""
@@ -106,7 +127,10 @@ class RayLMOperator(BaseOperator):
             name = submission_id(command.verb, task, command.payload, attempt)
             return JobRequest(name, command.verb, command.payload, metadata)
 
-        job = submit_or_attach(jobs, request, self.log.info)
+        def wanted(job: str) -> bool:
+            return command.lasting and context["task_state_store"].get(_LANDED) != job
+
+        job = submit_or_attach(jobs, request, self.log.info, wanted)
         self._follower = Follower(jobs, job, self.log.info, self.poll_interval)
         store_links(context, jobs.dashboard_url, job, command.application, command.output)
         return self._follower
@@ -138,8 +162,8 @@ class DeferrableRayLMOperator(RayLMOperator):
         """
         raise NotImplementedError
 
-    def finish(self, result: dict[str, Any], dashboard_url: str) -> dict[str, Any]:
-        """Return what the task returns, from the job's result."""
+    def finish(self, context: Context, outcome: Outcome) -> dict[str, Any]:
+        """Tell of the outcome, and return what the task returns."""
         raise NotImplementedError
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -147,7 +171,7 @@ class DeferrableRayLMOperator(RayLMOperator):
         command = self.command(context)
         if self.deferrable:
             self._defer(context, command)
-        return self.finish(*self.run_on_cluster(context, command))
+        return self.finish(context, self.run_on_cluster(context, command))
 
     def _defer(self, context: Context, command: Command) -> NoReturn:
         now = time.time()
@@ -167,7 +191,7 @@ class DeferrableRayLMOperator(RayLMOperator):
         """
         if "error" in event:
             raise from_wire(event["error"])
-        return self.finish(event["result"], event["dashboard_url"])
+        return self.finish(context, Outcome(**event))
 
 
 class DeployEngineOperator(DeferrableRayLMOperator):
@@ -199,9 +223,15 @@ class DeployEngineOperator(DeferrableRayLMOperator):
         }
         return Command("deploy", payload, spec.deploy_timeout + _DEPLOY_GRACE_S, application_name(labels))
 
-    def finish(self, result: dict[str, Any], dashboard_url: str) -> dict[str, Any]:
+    def finish(self, context: Context, outcome: Outcome) -> dict[str, Any]:
         """Return the EngineRef."""
-        return _json(build(EngineRef, {**result, "dashboard_url": dashboard_url}))
+        ref = build(EngineRef, {**outcome.result, "dashboard_url": outcome.dashboard_url})
+        measure(
+            context,
+            {"engines_adopted" if ref.adopted else "engines_deployed": 1},
+            {"deploy_duration": ref.deploy_seconds},
+        )
+        return _json(ref)
 
 
 class BatchInferenceOperator(DeferrableRayLMOperator):
@@ -229,6 +259,7 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
         super().__init__(**kwargs)
         self.engine = _renderable(EngineRef, engine)
         self.batch = _renderable(BatchSpec, batch)
+        self._report: BatchReport | None = None
 
     def command(self, context: Context) -> Command:
         """Return the inference of the rendered spec."""
@@ -236,23 +267,32 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
             raise SpecError("engine: the deploy task left no reference. Clear the deploy task together with this one.")
         engine, batch = build(EngineRef, self.engine), build(BatchSpec, self.batch)
         payload = {"engine": _json(engine), "batch": batch.model_dump(mode="json", exclude_unset=True)}
-        return Command("infer", payload, application=engine.application, output=batch.output)
+        return Command("infer", payload, application=engine.application, output=batch.output, lasting=True)
 
-    def finish(self, result: dict[str, Any], dashboard_url: str) -> dict[str, Any]:
-        """Return the BatchReport."""
-        report = build(BatchReport, result)
+    def finish(self, context: Context, outcome: Outcome) -> dict[str, Any]:
+        """Return the BatchReport; measure it, and put it into the events of the outlets and into the lineage."""
+        report = self._report = build(BatchReport, outcome.result)
         self.log.info(
             "%d rows in = %d written + %d quarantined + %d already done; %.1f rows/s, %.0f tokens/s; output %s",
             *(report.rows_in, report.rows_written, report.rows_quarantined, report.rows_already_done),
             *(report.rows_per_s, report.tokens_per_s, report.output),
         )
+        measure_batch(context, report)
+        announce(context, self.outlets, report)
+        collect_lineage(RayLMHook(self.raylm_conn_id), report.source, report.output)
+        context["task_state_store"].set(_LANDED, outcome.submission_id)
         return _json(report)
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any] | None:
+        """Return what was read and written, for the OpenLineage provider, which calls this."""
+        return openlineage(self._report) if self._report is not None else None
 
 
 class TeardownEngineOperator(DeferrableRayLMOperator):
     """Deletes the run's engine and waits until its resources are free. Use as a teardown task.
 
-    Returns a ``TeardownReport`` as JSON values. An engine that is gone already is success.
+    Returns a ``TeardownReport`` as JSON values. An engine that is gone already is success; one that another DAG
+    deployed is refused.
 
     Args:
         engine: the deploy task's output (an EngineRef), or the engine's name, which also works when that output was
@@ -290,17 +330,33 @@ class TeardownEngineOperator(DeferrableRayLMOperator):
                 "to find the engine of this run."
             )
         else:
-            application = build(EngineRef, self.engine).application
+            ref = build(EngineRef, self.engine)
+            if (ref.labels.installation, ref.labels.dag_id) != (installation(), context["ti"].dag_id):
+                raise SpecError(
+                    f"engine: {ref.application} belongs to the DAG {ref.labels.dag_id} of {ref.labels.installation}. "
+                    "Its own teardown deletes it, or its lease."
+                )
+            application = ref.application
         payload = {"application": application, "on_busy": self.on_busy, "drain_timeout": self.drain_timeout}
         return Command("teardown", payload, application=application)
 
-    def finish(self, result: dict[str, Any], dashboard_url: str) -> dict[str, Any]:
-        """Return the TeardownReport."""
-        report = build(TeardownReport, result)
+    def finish(self, context: Context, outcome: Outcome) -> dict[str, Any]:
+        """Return the TeardownReport, having said who used the engine's time."""
+        report = build(TeardownReport, outcome.result)
+        spent = report.spent
         self.log.info(
             "engine %s: %.0f s, %d requests, %d generated tokens",
             *(report.application, report.engine_seconds, report.usage.requests, report.usage.completion_tokens),
         )
+        self.log.info("%.0f s of them loading, %.0f s idle", spent.loading, spent.idle)
+        for output, seconds in spent.tasks.items():
+            self.log.info("%.0f s of them for %s", seconds, output)
+        durations = {
+            "engine_duration": report.engine_seconds,
+            "engine_loading": spent.loading,
+            "engine_idle": spent.idle,
+        }
+        measure(context, {}, durations if report.existed else {})
         return _json(report)
 
 
@@ -320,26 +376,27 @@ class SweepEnginesOperator(RayLMOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Sweep and return the SweepReport."""
-        payload: dict[str, Any] = {"delete": [], "max_age": None, "installation": _installation()}
-        listed, _ = self.run_on_cluster(context, Command("sweep", payload))
+        payload: dict[str, Any] = {"delete": [], "max_age": None, "installation": installation()}
+        listed = self.run_on_cluster(context, Command("sweep", payload)).result
         over = [
             engine.application
             for engine in build(SweepReport, listed).engines
             if not _run_is_alive(context, engine.labels)
         ]
         max_age = self.max_age.total_seconds() if self.max_age is not None else None
-        result, _ = self.run_on_cluster(context, Command("sweep", {**payload, "delete": over, "max_age": max_age}))
-        report = build(SweepReport, result)
+        swept = self.run_on_cluster(context, Command("sweep", {**payload, "delete": over, "max_age": max_age}))
+        report = build(SweepReport, swept.result)
         self.log.info("%d engines found, %d deleted", len(report.engines), len(report.deleted))
+        measure(context, {"engines_swept": len(report.deleted)}, {})
         return _json(report)
 
 
 def _labels(context: Context, engine: str) -> Labels:
     ti = context["ti"]
-    return Labels(installation=_installation(), dag_id=ti.dag_id, run_id=ti.run_id, engine=engine)
+    return Labels(installation=installation(), dag_id=ti.dag_id, run_id=ti.run_id, engine=engine)
 
 
-def _installation() -> str:
+def installation() -> str:
     """Return what tells this Airflow from another on the same cluster: its name, else its API server's address."""
     name = conf.get("raylm", "installation", fallback=None) or conf.get("api", "base_url", fallback=None)
     return str(name or "http://localhost:8080")

@@ -68,8 +68,8 @@ async def _in_thread(call: Callable[..., Result], *arguments: Any) -> Result:
 class RayJobTrigger(BaseTrigger):
     """Follows a Ray job and fires once, with all that the resumed task needs.
 
-    The event is ``{"result", "dashboard_url"}``, or ``{"error"}`` as the job reported it. A user who marks or clears
-    the task stops the job; a triggerer that restarts does not.
+    The event is ``{"result", "dashboard_url", "submission_id"}``, or ``{"error"}`` as the job reported it. A user who
+    marks or clears the task stops the job; a triggerer that restarts does not.
 
     Args:
         raylm_conn_id: connection to the Ray cluster.
@@ -103,7 +103,11 @@ class RayJobTrigger(BaseTrigger):
         """Look at the job until it has ended, and hand its lines on to the task's log."""
         try:
             async with _client(self.raylm_conn_id) as jobs:
-                event = {"result": await self._follow(jobs), "dashboard_url": jobs.dashboard_url}
+                event = {
+                    "result": await self._follow(jobs),
+                    "dashboard_url": jobs.dashboard_url,
+                    "submission_id": self.submission_id,
+                }
         except RayLMError as error:
             event = {"error": to_wire(error)}
         yield TriggerEvent(event)  # type: ignore[no-untyped-call]

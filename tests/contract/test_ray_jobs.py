@@ -90,8 +90,13 @@ def test_tearing_down_what_is_not_there(jobs):
     assert finish(jobs, request)["existed"] is False
 
 
+def test_no_engine_can_take_work(jobs):
+    """Whether or not Serve runs there."""
+    assert jobs.running_engines() == ()
+
+
 def test_a_second_try_attaches_or_starts_anew(jobs):
-    """A job that has ended is never attached to: the next attempt gets the next number."""
+    """A job that has ended gives the next attempt the next number, unless its result is still wanted."""
     said = []
 
     def request(attempt):
@@ -104,6 +109,11 @@ def test_a_second_try_attaches_or_starts_anew(jobs):
     second = submit_or_attach(jobs, request, said.append)
     Follower(jobs, second, said.append, 0.5).wait(Watch())
 
+    taken = submit_or_attach(jobs, request, said.append, wanted=lambda job: job == second)
+    third = submit_or_attach(jobs, request, said.append, wanted=lambda job: job != second)
+    Follower(jobs, third, said.append, 0.5).wait(Watch())
+
+    assert (taken, third) == (second, f"{second[:-1]}{int(second[-1]) + 1}")
     assert first == "raylm-contract-again-1"
     assert attached == ("raylm-contract-again-2" if ended else first)
     assert second != first

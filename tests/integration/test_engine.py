@@ -31,6 +31,16 @@ def engine_processes(cluster):
     return sum(name.startswith("VLLM::EngineCor") for name in names)
 
 
+def test_it_is_found_without_a_job(cluster, engine):
+    """By whoever looks at the dashboard, with all that a task needs to use it."""
+    with closing(cluster.client()) as jobs:
+        (found,) = jobs.running_engines()
+
+    assert found.dashboard_url == cluster.url
+    differing = {"dashboard_url": "", "deploy_seconds": engine["deploy_seconds"]}
+    assert found.model_copy(update=differing).model_dump(mode="json") == engine
+
+
 def test_an_equal_engine_is_adopted_and_another_refused(cluster, engine, engine_spec):
     """The name belongs to the run; waiting times do not matter, the model does."""
     adopted = deploy(cluster, {**engine_spec, "deploy_timeout": 77}, LABELS)

@@ -1,18 +1,12 @@
 """The DAGs that users copy parse and run, on a cluster that is not there."""
 
 import pytest
-from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import conf
 
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.ray_jobs import JobRequest
 from airflow_provider_raylm.testing import FakeRayJobs
 from tests.conftest import DAGS
-
-
-@pytest.fixture(scope="session")
-def dagbag(airflow_db):
-    return DagBag(str(DAGS))
 
 
 def run(dagbag, dag_id, fake):

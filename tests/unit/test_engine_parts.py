@@ -7,7 +7,7 @@ from ray.serve.schema import ApplicationStatus
 
 from airflow_provider_raylm.cluster import engine
 from airflow_provider_raylm.cluster.engine import root_cause
-from airflow_provider_raylm.cluster.lease import expiry
+from airflow_provider_raylm.cluster.lease import TimeSheet, expiry
 from airflow_provider_raylm.cluster.llm import PLACEMENT, llm_config
 from airflow_provider_raylm.cluster.resources import bundles, shortage
 from airflow_provider_raylm.errors import EngineError
@@ -120,6 +120,21 @@ def test_what_a_cluster_lacks(fields, nodes, lacks):
 def test_the_sentence_that_says_why(message, cause):
     """A reader wants the cause, not the traceback."""
     assert root_cause(message) == cause
+
+
+def test_whom_an_engines_time_goes_to():
+    """Loading until it is up; then to those who work, in equal shares, or to nobody. Nothing is lost."""
+    sheet = TimeSheet(100.0)
+    for now, working in [(160.0, []), (160.0, ["early"])]:
+        sheet.advance(now, working)
+    sheet.up()
+    for now, working in [(170.0, []), (200.0, ["a"]), (220.0, ["a", "b"]), (215.0, ["b"]), (230.0, [])]:
+        sheet.advance(now, working)
+    spent = sheet.spent()
+
+    assert (spent.loading, spent.idle) == (60.0, 20.0)
+    assert {task: seconds for task, seconds in spent.tasks.items() if seconds} == {"a": 40.0, "b": 10.0}
+    assert spent.loading + spent.idle + sum(spent.tasks.values()) == 230.0 - 100.0
 
 
 def test_when_a_lease_is_over():

@@ -79,7 +79,8 @@ def test_it_fires_with_the_result(connect, said):
     """Once, after an outage, with the job's lines in the log and the connection closed."""
     jobs = connect(Jobs(RUNNING, Unreachable("no answer"), RUNNING, JobInfo(SUCCEEDED), last=result_line({"a": 1})))
 
-    assert asyncio.run(fired(trigger())) == [{"result": {"a": 1}, "dashboard_url": "http://ray:8265"}]
+    (event,) = asyncio.run(fired(trigger()))
+    assert event == {"result": {"a": 1}, "dashboard_url": "http://ray:8265", "submission_id": "job-1"}
     assert said == ["one", "two"]
     assert (jobs.looked, jobs.opened) == (4, 0)
 

@@ -1,0 +1,99 @@
+"""What a finished task tells the rest of Airflow: metrics, asset events, lineage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from airflow.sdk import Asset, AssetAlias
+from airflow.sdk.definitions.asset import AssetRef
+from airflow.sdk.lineage import get_hook_lineage_collector
+from airflow.sdk.observability import stats
+
+from airflow_provider_raylm.specs import BatchReport
+
+if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
+    from airflow.sdk import Context
+
+# What of a report goes into an asset event and a run facet; both name the output themselves.
+_ROWS = ("rows_in", "rows_written", "rows_quarantined", "rows_already_done")
+_TOLD = (*_ROWS, "prompt_tokens", "completion_tokens", "model", "fingerprint")
+_GLOB = re.compile(r"[*?\[]")
+
+
+def measure(context: Context, counts: Mapping[str, int], seconds: Mapping[str, float]) -> None:
+    """Add to counters and timers ``raylm.<name>``, with Airflow's own tags for a task."""
+    tags = dict(context["ti"].stats_tags)
+    for name, count in counts.items():
+        if count:
+            stats.incr(f"raylm.{name}", count, tags=tags)
+    for name, value in seconds.items():
+        stats.timing(f"raylm.{name}", timedelta(seconds=value), tags=tags)
+
+
+def measure_batch(context: Context, report: BatchReport) -> None:
+    """Measure what an inference task did."""
+    counts = {name: getattr(report, name) for name in (*_ROWS[1:], "prompt_tokens", "completion_tokens")}
+    measure(context, counts, {"inference_duration": report.seconds})
+
+
+def announce(context: Context, outlets: Iterable[object], report: BatchReport) -> None:
+    """Put the report's figures into the events of the task's assets; let an alias stand for the output."""
+    for outlet in outlets:
+        if isinstance(outlet, AssetAlias):
+            context["outlet_events"][outlet].add(Asset(uri_of(report.output)), extra=told(report))
+        elif isinstance(outlet, Asset | AssetRef):
+            context["outlet_events"][outlet].extra.update(told(report))
+
+
+def collect_lineage(hook: Any, sources: Collection[str], output: str) -> None:
+    """Tell Airflow's lineage collector what was read and written by way of *hook*."""
+    collector = get_hook_lineage_collector()
+    for source in sources:
+        collector.add_input_asset(hook, uri=_folder(uri_of(source)))
+    collector.add_output_asset(hook, uri=uri_of(output))
+
+
+def openlineage(report: BatchReport) -> OperatorLineage[Any, Any]:
+    """Return a task's lineage in OpenLineage's terms: datasets, rows written, and the facet ``raylm``."""
+    from airflow.providers.openlineage.extractors import OperatorLineage
+    from attrs import make_class
+    from openlineage.client.event_v2 import InputDataset, OutputDataset
+    from openlineage.client.generated.base import RunFacet
+    from openlineage.client.generated.output_statistics_output_dataset import OutputStatisticsOutputDatasetFacet
+
+    facet = make_class("RayLMRunFacet", list(_TOLD), bases=(RunFacet,), kw_only=True)
+    written = OutputStatisticsOutputDatasetFacet(rowCount=report.rows_written + report.rows_already_done)
+    return OperatorLineage(
+        inputs=[InputDataset(*_dataset(source)) for source in report.source],
+        outputs=[OutputDataset(*_dataset(report.output), outputFacets={"outputStatistics": written})],
+        run_facets={"raylm": facet(**told(report))},
+    )
+
+
+def told(report: BatchReport) -> dict[str, Any]:
+    """Return a report's figures: row counts, tokens, model, fingerprint."""
+    return report.model_dump(mode="json", include=set(_TOLD))
+
+
+def uri_of(place: str) -> str:
+    """Return a place as a URI: a path is a file's."""
+    return place if "://" in place else f"file://{place}"
+
+
+def _folder(uri: str) -> str:
+    """Return a glob's folder: a dataset has one name, whatever is chosen from it."""
+    glob = _GLOB.search(uri)
+    return uri[: uri.rindex("/", 0, glob.start())] if glob else uri
+
+
+def _dataset(place: str) -> tuple[str, str]:
+    """Return (namespace, name) after OpenLineage's naming: ``s3://bucket`` and the key, ``file`` and the path."""
+    uri = urlsplit(_folder(uri_of(place)))
+    if uri.scheme == "file":
+        return "file", uri.path
+    return f"{uri.scheme}://{uri.netloc}", uri.path.strip("/") or "/"
