@@ -8,7 +8,6 @@ renderer and asks the engine below that layer. Inside, every row is an ordinary 
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import re
@@ -76,9 +75,6 @@ class BlockLLMServer(LLMServer):
                 # vLLM's engine process dies with its reason printed, not raised.
                 reason = _last_error(log_starts) or reason
             raise EngineError(reason) from None
-        # What is there now stays: without this the collector goes through all of vLLM again and again while rows wait.
-        gc.collect()
-        gc.freeze()
         self._texts = Texts.of(self.engine._oai_serving_completion.renderer.tokenizer)
 
     async def capacity(self) -> int:
