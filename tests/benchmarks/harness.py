@@ -227,6 +227,8 @@ def _process(command: list[str], **kwargs: Any) -> Iterator[subprocess.Popen[str
             **kwargs,
         ) as process,
     ):
+        # As the cluster that it is compared with does.
+        local.leave_room_for_others(process.pid)
         try:
             yield process
         finally:
