@@ -177,7 +177,7 @@ def explained(application: str) -> Iterator[None]:
         if not lost:
             raise
         if _is_coming_back(application):
-            state = f"The engine is not well: {trouble(application)}. Retry the task: it waits for the engine and"
+            state = "The engine is not well, and may come back. Retry the task: it waits for the engine and"
         else:
             require_running(application)
             state = "The engine is running. Retry the task: it"

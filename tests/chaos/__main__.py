@@ -15,6 +15,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import pytest
+
 from tests.chaos import airflow_faults, cluster_faults  # noqa: F401 - they register their faults
 from tests.chaos.faults import FAULTS
 from tests.chaos.scene import Accounts, Scene
@@ -41,7 +43,7 @@ def run(wanted, repeats, seed):
                     accounts.engines_left = len(scene.engines())
                     accounts.processes_left = scene.strays_after_a_while()
                     every.append(accounts)
-                except Exception:
+                except (Exception, pytest.fail.Exception):
                     # The next fault says more than no table at all.
                     traceback.print_exc()
                     every = None

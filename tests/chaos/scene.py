@@ -33,8 +33,6 @@ ENGINE_KWARGS = {
 INSTALLATION = "chaos"
 LEASE = {"idle_timeout": 3600, "max_lifetime": 36_000}
 BLOCK_ROWS = 64
-# What a task that is killed may have to ask again: the rows on their way, and two blocks.
-AT_MOST_REDONE = (window(None, BLOCK_ROWS, ENGINE_KWARGS["max_num_seqs"]) + 2) * BLOCK_ROWS
 FIRST_PART_TIMEOUT_S = 120.0
 JOB_TIMEOUT_S = 900.0
 # Of one core: vLLM's processes look around a little while they wait.
@@ -254,6 +252,12 @@ def application(name):
 
 def labels(name):
     return {"installation": INSTALLATION, "dag_id": "chaos", "run_id": "run", "engine": name}
+
+
+def at_most_redone(batch):
+    """Return how many rows a task that is killed may have to ask again: those on their way, and two blocks."""
+    blocks = window(batch.get("in_flight_rows"), batch["block_rows"], ENGINE_KWARGS["max_num_seqs"])
+    return (blocks + 2) * batch["block_rows"]
 
 
 def parts(batch):

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from airflow_provider_raylm.cluster import engine
@@ -44,6 +45,24 @@ def test_an_engine_that_comes_back_is_waited_for(monkeypatch):
     states[:] = [None]
     with pytest.raises(EngineError, match="a is gone"):
         engine.wait_until_running("a", 5, said.append)
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ("RUNNING", r"The engine is running\. Retry the task: it goes on with the rows that are missing"),
+        ("UNHEALTHY", r"may come back\. Retry the task: it waits for the engine and goes on with the rows"),
+        ("DEPLOY_FAILED", r"is DEPLOY_FAILED: why\. Clear the deploy task together with this one"),
+        (None, r"is gone: .* Clear the deploy task together with this one"),
+    ],
+)
+def test_a_failed_call_says_what_to_do(monkeypatch, state, sentence):
+    """By what has become of the engine."""
+    status = state and SimpleNamespace(status=ApplicationStatus(state), deployments={}, message="why.")
+    monkeypatch.setattr(engine, "_status", lambda application: status)
+
+    with pytest.raises(EngineError, match=sentence), engine.explained("a"):
+        raise RayServeException("the replica is gone")
 
 
 def test_what_a_replica_asks_for():
