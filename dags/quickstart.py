@@ -1,6 +1,6 @@
 """One engine, three inference tasks: two side by side, and one that reads what the first wrote."""
 
-from airflow.sdk import DAG, Param
+from airflow.sdk import DAG, AssetAlias, Param
 
 from airflow_provider_raylm.authoring import shared_engine
 
@@ -50,4 +50,6 @@ with (
         max_tokens=32,
         temperature=0,
         output="{{ params.output }}/reply",
+        # Airflow knows the folder as an asset when the task has written it.
+        outlets=[AssetAlias("raylm_replies")],
     )

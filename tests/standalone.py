@@ -24,10 +24,12 @@ class Airflow:
 
     Attributes:
         pid: the process that began the session of all its processes.
+        environ: what its processes have as their environment.
     """
 
-    def __init__(self, url: str, pid: int) -> None:
+    def __init__(self, url: str, pid: int, environ: Mapping[str, str]) -> None:
         self.pid = pid
+        self.environ = environ
         token = httpx.get(f"{url}/auth/token", timeout=30).raise_for_status().json()["access_token"]
         headers = {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(base_url=f"{url}/api/v2", headers=headers, timeout=60)
@@ -95,8 +97,14 @@ class Airflow:
     def log(self, dag_id: str, run_id: str, task_id: str, attempt: int = 1) -> str:
         """Return a task's log as text."""
         path = f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}/logs/{attempt}"
-        content = self.call("GET", f"{path}?full_content=true")["content"]
-        return "\n".join(str(line.get("event", line)) if isinstance(line, dict) else str(line) for line in content)
+        lines = []
+        for entry in self.call("GET", f"{path}?full_content=true")["content"]:
+            if not isinstance(entry, dict):
+                lines.append(str(entry))
+                continue
+            lines.append(str(entry.get("event", entry)))
+            lines += [f"{error['exc_type']}: {error['exc_value']}" for error in entry.get("error_detail") or ()]
+        return "\n".join(lines)
 
 
 @contextmanager
@@ -138,7 +146,7 @@ def standalone(home: Path, dags: Path, environ: Mapping[str, str]) -> Iterator[A
         )
     try:
         _wait_until_healthy(url, process, log)
-        yield Airflow(url, process.pid)
+        yield Airflow(url, process.pid, environment)
     finally:
         _end_session(process)
 

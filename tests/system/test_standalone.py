@@ -111,6 +111,29 @@ def test_links_lead_to_job_engine_and_output(quickstart, airflow, cluster):
     assert links["Output"] == results["label"]["output"]
 
 
+def test_the_output_is_an_asset_with_the_figures(quickstart, airflow):
+    """By the alias among the task's outlets."""
+    _, results = quickstart
+    (event,) = airflow.call("GET", "/assets/events?source_task_id=reply")["asset_events"]
+
+    assert event["uri"] == f"file://{results['reply']['output']}"
+    assert event["extra"]["rows_written"] == 43
+    assert event["extra"]["fingerprint"] == results["reply"]["fingerprint"]
+
+
+def test_the_engines_time_is_split(quickstart, airflow):
+    """Over loading, idleness and the three tasks, without a rest; and the log of the teardown tells."""
+    run, results = quickstart
+    teardown = results["teardown_reviewer"]
+    spent = teardown["spent"]
+
+    assert set(spent["tasks"]) == {results[task]["output"] for task in ("label", "keywords", "reply")}
+    assert spent["loading"] > 10
+    whole = spent["loading"] + spent["idle"] + sum(spent["tasks"].values())
+    assert whole == pytest.approx(teardown["engine_seconds"], abs=2)
+    assert f"s of them for {results['reply']['output']}" in airflow.log("raylm_quickstart", run, "teardown_reviewer")
+
+
 def test_label_and_keywords_ran_side_by_side(quickstart, airflow):
     """Neither waited for the other to end."""
     run, _ = quickstart
