@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from datetime import timedelta
@@ -18,6 +19,8 @@ from airflow_provider_raylm.specs import BatchReport
 if TYPE_CHECKING:
     from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
+
+log = logging.getLogger(__name__)
 
 # What of a report goes into an asset event and a run facet; both name the output themselves.
 _ROWS = ("rows_in", "rows_written", "rows_quarantined", "rows_already_done")
@@ -51,11 +54,17 @@ def announce(context: Context, outlets: Iterable[object], report: BatchReport) -
 
 
 def collect_lineage(hook: Any, sources: Collection[str], output: str) -> None:
-    """Tell Airflow's lineage collector what was read and written by way of *hook*."""
+    """Tell Airflow's lineage collector what was read and written by way of *hook*.
+
+    A place that Airflow does not accept as an asset is left out: the rows are written.
+    """
     collector = get_hook_lineage_collector()
-    for source in sources:
-        collector.add_input_asset(hook, uri=_folder(uri_of(source)))
-    collector.add_output_asset(hook, uri=uri_of(output))
+    places = [(collector.add_input_asset, _folder(uri_of(source))) for source in sources]
+    for add, uri in [*places, (collector.add_output_asset, uri_of(output))]:
+        try:
+            add(hook, uri=uri)
+        except ValueError as error:
+            log.warning("no lineage for %s: %s", uri, error)
 
 
 def openlineage(report: BatchReport) -> OperatorLineage[Any, Any]:
