@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given, settings
@@ -46,7 +47,8 @@ def test_decodes_at_once_what_vllm_decodes_token_by_token(tokenizer, token_by_to
 @given(texts=st.lists(st.text()))
 def test_decodes_text_of_any_script(tokenizer, texts):
     ids = tokenizer(texts).input_ids if texts else []
-    wanted = [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts]
+    # This tokenizer composes characters before it encodes them.
+    wanted = [normalize("NFC", text).rstrip("\N{REPLACEMENT CHARACTER}") for text in texts]
     assert [Texts.of(tokenizer).decode(one, skip_special_tokens=False) for one in ids] == wanted
 
 
