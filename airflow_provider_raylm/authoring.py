@@ -26,11 +26,13 @@ class SharedEngine:
         name: the engine's name.
         deploy: the setup task.
         raylm_conn_id: connection of all its tasks.
+        redeploy: the engine's spec if its tasks deploy it again when it is gone.
     """
 
     name: str
     deploy: DeployEngineOperator
     raylm_conn_id: str
+    redeploy: dict[str, Any] | None = None
 
     @property
     def ref(self) -> XComArg:
@@ -52,12 +54,18 @@ class SharedEngine:
         if "steps" not in batch:
             batch.setdefault("output_column", task_id)
         arguments.setdefault("raylm_conn_id", self.raylm_conn_id)
+        arguments.setdefault("redeploy", self.redeploy)
         return BatchInferenceOperator(task_id=task_id, engine=self.ref, batch=batch, **arguments)
 
 
 @contextmanager
 def shared_engine(
-    name: str, *, raylm_conn_id: str = RayLMHook.default_conn_name, replace: bool = False, **fields: Any
+    name: str,
+    *,
+    raylm_conn_id: str = RayLMHook.default_conn_name,
+    replace: bool = False,
+    redeploy: bool = False,
+    **fields: Any,
 ) -> Iterator[SharedEngine]:
     """Give the DAG one engine that lives as long as the tasks inside the ``with`` need it.
 
@@ -68,17 +76,17 @@ def shared_engine(
         name: the engine's name; the tasks are ``deploy_<name>`` and ``teardown_<name>``.
         raylm_conn_id: connection to the Ray cluster.
         replace: see DeployEngineOperator.
+        redeploy: let a task made by ``infer`` deploy the engine again when it is gone; see BatchInferenceOperator.
         **fields: EngineSpec's fields.
 
     Raises:
         SpecError: a field that is known when the DAG is parsed is bad.
     """
-    deploy = DeployEngineOperator(
-        task_id=f"deploy_{name}", engine={"name": name, **fields}, replace=replace, raylm_conn_id=raylm_conn_id
-    )
+    spec = {"name": name, **fields}
+    deploy = DeployEngineOperator(task_id=f"deploy_{name}", engine=spec, replace=replace, raylm_conn_id=raylm_conn_id)
     teardown = TeardownEngineOperator(task_id=f"teardown_{name}", engine=name, raylm_conn_id=raylm_conn_id)
     with teardown.as_teardown(setups=deploy):
-        yield SharedEngine(name=name, deploy=deploy, raylm_conn_id=raylm_conn_id)
+        yield SharedEngine(name, deploy, raylm_conn_id, redeploy=spec if redeploy else None)
     # Airflow's own context leaves mapped tasks out: without this the engine would go before they are done.
     users = [task for task in deploy.get_flat_relatives(upstream=False) if task is not teardown]
     for task in users:

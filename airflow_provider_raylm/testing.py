@@ -173,6 +173,8 @@ class FakeRayJobs:
         spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
         task_id = request.metadata.get("task_id", "")
         self.batches[task_id] = spec
+        if "redeploy" in payload and ref.application not in self._engines:
+            self._deploy({"engine": payload["redeploy"], "labels": ref.labels, "replace": False}, request)
         engine = self._engines.get(ref.application)
         if engine is None:
             raise EngineError(f"The engine {ref.application} is gone. Clear the deploy task together with this one.")

@@ -17,7 +17,11 @@ with (
         tags=["raylm"],
     ),
     shared_engine(
-        "reviewer", model="{{ params.model }}", lease={"idle_timeout": 900, "max_lifetime": 6 * 3600}
+        "reviewer",
+        model="{{ params.model }}",
+        lease={"idle_timeout": 900, "max_lifetime": 6 * 3600},
+        # Nobody is there to clear the deploy task when Ray is restarted at night.
+        redeploy=True,
     ) as engine,
 ):
     engine.infer(

@@ -37,7 +37,9 @@ def _deploy(payload: dict[str, Any]) -> Value:
 def _infer(payload: dict[str, Any]) -> Value:
     from airflow_provider_raylm.cluster import pipeline
 
-    return pipeline.infer(build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"]), say)
+    spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
+    redeploy = build(EngineSpec, payload["redeploy"]) if "redeploy" in payload else None
+    return pipeline.infer(spec, ref, say, redeploy)
 
 
 def _teardown(payload: dict[str, Any]) -> Value:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -47,11 +47,15 @@ POLL_PERIOD_S = 1.0
 SAY_PERIOD_S = 30.0
 LEASE_CALL_TIMEOUT_S = 20.0
 DELETE_TIMEOUT_S = 300.0
+TURN_TIMEOUT_S = 2 * DELETE_TIMEOUT_S
+NAMESPACE = "raylm"
+# No teardown may follow a redeployed engine, and tasks that were cleared together begin within minutes.
+REDEPLOYED_IDLE_S = 300.0
 
 Say = Callable[[str], None]
 
 
-def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say) -> EngineRef:
+def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say, owned: bool = True) -> EngineRef:
     """Bring the engine of *labels* up, or adopt it when it is there already.
 
     Args:
@@ -59,6 +63,7 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say) -> EngineR
         labels: whose engine it is; they decide the application's name.
         replace: delete an engine of the same name and another spec instead of failing.
         say: receives progress lines.
+        owned: also delete an engine that was adopted, when it does not start; False while another job may start it.
 
     Raises:
         EngineError: it does not fit, did not start, or another spec's engine holds the name. Whatever was created is
@@ -68,23 +73,75 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say) -> EngineR
     name = application_name(labels)
     mark = fingerprint(spec)
     _start_serve()
-    adopted = _settle(name, mark, replace, say)
-    try:
+    with _turn(name):
+        adopted = _settle(name, mark, replace, say)
         if not adopted:
             say(f"deploying {name}: model {spec.model}, {show(total(bundles(spec)))} per replica")
-            _create(name, spec, labels, mark)
+            with _deleted_on_failure(name):
+                _create(name, spec, labels, mark)
+    with _deleted_on_failure(name) if owned or not adopted else nullcontext():
         _wait_until_running(name, spec, started, say)
-    except BaseException:
-        # Also when this process is told to stop: the request to delete comes first, waiting for it is a courtesy.
-        serve.delete(name, _blocking=False)
-        _wait_until_absent(name, DELETE_TIMEOUT_S)
-        raise
     renew(name)
     seconds = time.monotonic() - started
     say(f"engine {name} is {'adopted' if adopted else 'up'} after {seconds:.0f} s")
     return _reference(name, spec, labels, mark).model_copy(
         update={"adopted": adopted, "deploy_seconds": round(seconds, 3)}
     )
+
+
+def redeploy(spec: EngineSpec, ref: EngineRef, say: Say) -> None:
+    """Deploy the engine again if it is gone; of tasks that find it gone at the same time, one does.
+
+    Its lease lets it idle for no longer than five minutes.
+
+    Raises:
+        EngineError: see ``deploy``.
+    """
+    status = _status(ref.application)
+    if status is not None and status.status != ApplicationStatus.DELETING:
+        return
+    say(f"the engine {ref.application} is gone: deploying it again (redeploy)")
+    lease = spec.lease.model_copy(update={"idle_timeout": min(spec.lease.idle_timeout, REDEPLOYED_IDLE_S)})
+    deploy(spec.model_copy(update={"lease": lease}), ref.labels, replace=False, say=say, owned=False)
+
+
+class _Turn:
+    """An actor whose name only one job has; it ends with the job."""
+
+
+@contextmanager
+def _turn(name: str) -> Iterator[None]:
+    """Be the only job that makes this application: whoever comes second finds it there.
+
+    Raises:
+        EngineError: another job has been at it for ten minutes.
+    """
+    end = time.monotonic() + TURN_TIMEOUT_S
+    while True:
+        try:
+            turn = ray.remote(_Turn).options(name=f"deploys-{name}", namespace=NAMESPACE, num_cpus=0).remote()
+            break
+        except ValueError:
+            if time.monotonic() >= end:
+                raise EngineError(
+                    f"Another job has been deploying {name} for {TURN_TIMEOUT_S:.0f} s. Stop it, and retry."
+                ) from None
+            time.sleep(POLL_PERIOD_S)
+    try:
+        yield
+    finally:
+        ray.kill(turn)
+
+
+@contextmanager
+def _deleted_on_failure(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        # Also when this process is told to stop: the request to delete comes first, waiting for it is a courtesy.
+        serve.delete(name, _blocking=False)
+        _wait_until_absent(name, DELETE_TIMEOUT_S)
+        raise
 
 
 def _reference(name: str, spec: EngineSpec, labels: Labels, mark: str) -> EngineRef:
@@ -117,12 +174,14 @@ def require_running(application: str) -> None:
         )
 
 
-def wait_until_running(application: str, timeout: float, say: Say) -> None:
+def wait_until_running(ref: EngineRef, timeout: float, say: Say) -> None:
     """Return when the engine can take work; one that is coming back is waited for.
 
     Raises:
-        EngineError: it is gone, or not running after *timeout* seconds; the text says which task to clear.
+        EngineError: it is gone, another one, or not running after *timeout* seconds; the text says which task to clear.
     """
+    require_there(ref)
+    application = ref.application
     end = time.monotonic() + timeout
     said = False
     while _is_coming_back(application) and time.monotonic() < end:
@@ -139,15 +198,21 @@ def _is_coming_back(application: str) -> bool:
     return status is not None and status.status in (ApplicationStatus.DEPLOYING, ApplicationStatus.UNHEALTHY)
 
 
-def require_there(application: str) -> None:
+def require_there(ref: EngineRef) -> None:
     """Return when the engine is there, well or not.
 
     Raises:
-        EngineError: it is gone, or going.
+        EngineError: it is gone, or going, or replaced: the answers of two models do not belong into one output.
     """
-    status = _status(application)
+    status = _status(ref.application)
     if status is None or status.status == ApplicationStatus.DELETING:
-        raise EngineError(_gone(application))
+        raise EngineError(_gone(ref.application))
+    holder = _fingerprint_of(status)
+    if holder not in (None, ref.fingerprint):
+        raise EngineError(
+            f"{ref.application} is another engine by now (fingerprint {holder}, this task's {ref.fingerprint}): it was "
+            "replaced. Clear this task, to use the new one."
+        )
 
 
 def trouble(application: str) -> str | None:
@@ -308,7 +373,8 @@ def describe(application: str) -> EngineInfo | None:
 def _gone(application: str) -> str:
     return (
         f"The engine {application} is gone: torn down, its lease ran out, or Ray was restarted. Clear the deploy "
-        "task together with this one (Airflow clears this task and the teardown with it)."
+        "task together with this one (Airflow clears this task and the teardown with it), or let inference tasks "
+        "deploy it again (redeploy)."
     )
 
 

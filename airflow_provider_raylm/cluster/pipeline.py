@@ -37,10 +37,10 @@ from airflow_provider_raylm.cluster.source import (
     read_blocks,
     schema_of,
 )
-from airflow_provider_raylm.cluster.stage import BlockAnswerer, once, through_handle, until_well
+from airflow_provider_raylm.cluster.stage import BlockAnswerer, Calls, once, through_handle, until_well
 from airflow_provider_raylm.cluster.window import in_order, window
 from airflow_provider_raylm.errors import BatchError, EngineError
-from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef
+from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef, EngineSpec
 
 HEARTBEAT_PERIOD_S = 10.0
 SAY_PERIOD_S = 30.0
@@ -50,20 +50,26 @@ STAGE_CPUS = 0.1
 CPU_WAIT_S = 120.0
 CAPACITY_TIMEOUT_S = 60.0
 WRITER_END_S = 2.0
-NAMESPACE = "raylm"
 
 Say = Callable[[str], None]
 
 
-def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
+def infer(spec: BatchSpec, ref: EngineRef, say: Say, redeploy: EngineSpec | None = None) -> BatchReport:
     """Answer every row of the source and return the report; the output's manifest is written last.
+
+    An output that is complete already needs no engine.
+
+    Args:
+        spec: what to answer.
+        ref: the engine.
+        say: receives progress lines.
+        redeploy: the engine's spec, to deploy it again if it is gone.
 
     Raises:
         EngineError: the engine is gone or failed.
         BatchError: the source, its columns, the output, or more failed rows than the budget.
     """
     started = time.monotonic()
-    engine.wait_until_running(ref.application, spec.engine_timeout, say)
     files = list_files(spec)
     columns = _columns(spec, files)
     check_ids(files, spec)
@@ -75,6 +81,9 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say) -> BatchReport:
     if finished is not None:
         say(f"{spec.output} is complete already ({finished.fingerprint}): nothing to do")
         return _nothing_to_do(finished)
+    if redeploy is not None:
+        engine.redeploy(redeploy, ref, say)
+    engine.wait_until_running(ref, spec.engine_timeout, say)
     done = output.answers.row_ids()
     rows_known = count_rows(files)
     tally = Tally(total=rows_known - len(done) if rows_known is not None else None, ids=checksum([done]))
@@ -144,7 +153,7 @@ def _wait_for_other_attempt(writer: str, output: str, say: Say) -> None:
 
 def _is_there(actor: str) -> bool:
     try:
-        ray.get_actor(actor, NAMESPACE)
+        ray.get_actor(actor, engine.NAMESPACE)
     except ValueError:
         return False
     return True
@@ -181,7 +190,7 @@ def _blocks(
         max_restarts=0,
         # Ray refuses a second actor of this name, from any job, until this one has died, with its driver or before.
         name=writer,
-        namespace=NAMESPACE,
+        namespace=engine.NAMESPACE,
     )
     yield from counts.iter_rows()
 
@@ -201,10 +210,11 @@ class AnswerAndWrite:
         task = BatchSpec.model_validate(spec)
         to = EngineRef.model_validate(ref)
         handle = serve.get_deployment_handle(to.deployment, to.application)
-        wait = until_well(handle, to.application, task.engine_timeout)
+        wait = until_well(handle, to, task.engine_timeout)
         wait()
         self._window = window(task.in_flight_rows, task.block_rows, to.replicas * _capacity(handle))
-        ask = Recovery(through_handle(handle, task.request_timeout), wait)
+        calls = Calls(partial(engine.require_there, to))
+        ask = Recovery(through_handle(handle, task.request_timeout, calls), wait)
         self._answerer = BlockAnswerer(task, to.model, once(ask) if task.deduplicate else ask)
         self._output = Output(task, mark)
         self._read = partial(

@@ -8,9 +8,9 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from airflow_provider_raylm.cluster.recovery import AskEngine, EngineFailure
 from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal, RowError, compile_step, shared_fields
 from airflow_provider_raylm.cluster.source import ROW_ID, as_text, common_type
 from airflow_provider_raylm.errors import BatchError, EngineError
-from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
+from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec, EngineRef
 
 PROMPT_TOKENS = f"{RESERVED_PREFIX}prompt_tokens"
 COMPLETION_TOKENS = f"{RESERVED_PREFIX}completion_tokens"
@@ -38,16 +38,52 @@ RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
 HUNG_AFTER_S = 60.0
 PING_TIMEOUT_S = 40.0
 PING_PERIOD_S = 2.0
+LOOK_PERIOD_S = 10.0
 # What a call through the handle raises when the engine or its replica is at fault.
 ENGINE_FAILURES = (EngineError, RayError, RayServeException)
 
 
-def through_handle(handle: Any, timeout: float) -> AskEngine:
+class Calls:
+    """Calls on their way. They are cancelled when the engine is gone: Serve keeps one that no replica has for ever.
+
+    Args:
+        require_there: raises EngineError when the engine is gone.
+    """
+
+    def __init__(self, require_there: Callable[[], None]) -> None:
+        self._require_there = require_there
+        self._open: set[Any] = set()
+        threading.Thread(target=self._look, name="raylm-calls", daemon=True).start()
+
+    @contextmanager
+    def open(self, response: Any) -> Iterator[Any]:
+        """Yield the response of a call that is on its way while the body runs."""
+        self._open.add(response)
+        try:
+            yield response
+        finally:
+            self._open.discard(response)
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(LOOK_PERIOD_S)
+            try:
+                self._require_there()
+            except EngineError:
+                for response in tuple(self._open):
+                    response.cancel()
+            except (RayError, RayServeException):
+                # Serve's controller is being restarted.
+                continue
+
+
+def through_handle(handle: Any, timeout: float, calls: Calls) -> AskEngine:
     """Return a function that asks a block of requests through a deployment handle.
 
     Args:
         handle: handle of a ``BlockLLMServer`` deployment.
         timeout: seconds per row in the engine.
+        calls: holds those that are on their way.
 
     Raises (the returned function):
         EngineFailure: the engine failed, its replica is gone, or it does not answer at all.
@@ -57,13 +93,14 @@ def through_handle(handle: Any, timeout: float) -> AskEngine:
         begun = not alone
         try:
             if alone:
-                stream = iter(handle.options(stream=True).run_block_alone.remote(fields, list(contents), timeout))
-                next(stream)
-                begun = True
-                answers: list[Answer | Refusal] = next(stream)
+                stream = handle.options(stream=True).run_block_alone.remote(fields, list(contents), timeout)
+                with calls.open(stream):
+                    next(stream)
+                    begun = True
+                    answers: list[Answer | Refusal] = next(stream)
             else:
-                response = handle.run_block.remote(fields, list(contents), timeout)
-                answers = _bounded(response, timeout + HUNG_AFTER_S)
+                with calls.open(handle.run_block.remote(fields, list(contents), timeout)) as response:
+                    answers = _bounded(response, timeout + HUNG_AFTER_S)
         except ENGINE_FAILURES as error:
             raise EngineFailure(_last_line(error), begun) from None
         if len(answers) != len(contents):
@@ -73,29 +110,29 @@ def through_handle(handle: Any, timeout: float) -> AskEngine:
     return ask
 
 
-def until_well(handle: Any, application: str, timeout: float) -> Callable[[], None]:
+def until_well(handle: Any, ref: EngineRef, timeout: float) -> Callable[[], None]:
     """Return a function that waits until the engine answers.
 
     Args:
         handle: handle of a ``BlockLLMServer`` deployment.
-        application: where it is.
+        ref: the engine.
         timeout: seconds to wait at most.
 
     Raises (the returned function):
-        EngineError: the engine is gone, or not back in time.
+        EngineError: the engine is gone, another one, or not back in time.
     """
 
     def wait() -> None:
         end = time.monotonic() + timeout
         while True:
-            engine.require_there(application)
+            engine.require_there(ref)
             try:
                 _bounded(handle.ping.remote(), PING_TIMEOUT_S)
                 return
             except ENGINE_FAILURES as error:
                 if time.monotonic() >= end:
                     raise EngineError(
-                        f"The engine {application} failed and is not back after engine_timeout ({timeout:g} s): "
+                        f"The engine {ref.application} failed and is not back after engine_timeout ({timeout:g} s): "
                         f"{_last_line(error)}. Retry the task when it is well: it goes on with the rows that are "
                         "missing. Or clear the deploy task together with this one."
                     ) from None

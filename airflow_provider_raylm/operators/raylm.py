@@ -19,7 +19,7 @@ from airflow_provider_raylm.errors import SpecError, from_wire
 from airflow_provider_raylm.following import Follower, submit_or_attach
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.links.raylm import OutputLink, RayJobLink, ServeApplicationLink, store_links
-from airflow_provider_raylm.naming import application_name, submission_id
+from airflow_provider_raylm.naming import application_name, fingerprint, submission_id
 from airflow_provider_raylm.observability import announce, collect_lineage, measure, measure_batch, openlineage
 from airflow_provider_raylm.polling import Watch
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
@@ -243,9 +243,12 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
         engine: the deploy task's output (an EngineRef).
         batch: a BatchSpec, or a dict with its fields, in which strings may be Jinja templates and ``source`` may be
             an earlier task's output.
+        redeploy: the EngineSpec that the deploy task was given: the engine is deployed again when it is gone, such as
+            for a task that is cleared after the run. Its lease then ends it after five idle minutes, if no teardown
+            does. None: the task fails then.
     """
 
-    template_fields: Collection[str] = ("engine", "batch")
+    template_fields: Collection[str] = ("engine", "batch", "redeploy")
     template_fields_renderers: ClassVar[dict[str, str]] = {"batch": "json"}
     operator_extra_links = (RayJobLink(), ServeApplicationLink(), OutputLink())
 
@@ -254,11 +257,13 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
         *,
         engine: EngineRef | dict[str, Any] | XComArg,
         batch: BatchSpec | dict[str, Any] | XComArg,
+        redeploy: EngineSpec | dict[str, Any] | XComArg | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.engine = _renderable(EngineRef, engine)
         self.batch = _renderable(BatchSpec, batch)
+        self.redeploy = _renderable(EngineSpec, redeploy)
         self._report: BatchReport | None = None
 
     def command(self, context: Context) -> Command:
@@ -267,6 +272,15 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
             raise SpecError("engine: the deploy task left no reference. Clear the deploy task together with this one.")
         engine, batch = build(EngineRef, self.engine), build(BatchSpec, self.batch)
         payload = {"engine": _json(engine), "batch": batch.model_dump(mode="json", exclude_unset=True)}
+        if self.redeploy is not None:
+            spec = build(EngineSpec, self.redeploy)
+            _require_own(engine, context)
+            if fingerprint(spec) != engine.fingerprint:
+                raise SpecError(
+                    f"redeploy: not the spec that {engine.application} was deployed with (fingerprint "
+                    f"{engine.fingerprint}, now {fingerprint(spec)}). Clear the deploy task together with this one."
+                )
+            payload["redeploy"] = spec.model_dump(mode="json", exclude_unset=True)
         return Command("infer", payload, application=engine.application, output=batch.output, lasting=True)
 
     def finish(self, context: Context, outcome: Outcome) -> dict[str, Any]:
@@ -331,11 +345,7 @@ class TeardownEngineOperator(DeferrableRayLMOperator):
             )
         else:
             ref = build(EngineRef, self.engine)
-            if (ref.labels.installation, ref.labels.dag_id) != (installation(), context["ti"].dag_id):
-                raise SpecError(
-                    f"engine: {ref.application} belongs to the DAG {ref.labels.dag_id} of {ref.labels.installation}. "
-                    "Its own teardown deletes it, or its lease."
-                )
+            _require_own(ref, context)
             application = ref.application
         payload = {"application": application, "on_busy": self.on_busy, "drain_timeout": self.drain_timeout}
         return Command("teardown", payload, application=application)
@@ -394,6 +404,14 @@ class SweepEnginesOperator(RayLMOperator):
 def _labels(context: Context, engine: str) -> Labels:
     ti = context["ti"]
     return Labels(installation=installation(), dag_id=ti.dag_id, run_id=ti.run_id, engine=engine)
+
+
+def _require_own(ref: EngineRef, context: Context) -> None:
+    if (ref.labels.installation, ref.labels.dag_id) != (installation(), context["ti"].dag_id):
+        raise SpecError(
+            f"engine: {ref.application} belongs to the DAG {ref.labels.dag_id} of {ref.labels.installation}. Only that "
+            "one deploys it and tears it down."
+        )
 
 
 def installation() -> str:

@@ -58,8 +58,17 @@ def other_run_ends(scene):
     other = scene.deploy("other", env={WITNESS: f"{scene.witness}-other"})
     others = scene.batch(scene.table(ROWS))
     job = scene.start(others, other)
-    accounts = _task_survives(scene, lambda: scene.teardown(other))
-    end(scene, job)
+    torn_down = []
+
+    def harm():
+        scene.teardown(other)
+        torn_down.append(time.monotonic())
+        with pytest.raises(EngineError, match="is gone"):
+            scene.finish(job)
+        torn_down.append(time.monotonic())
+
+    accounts = _task_survives(scene, harm)
+    assert torn_down[1] - torn_down[0] < 60, "its own task waits for an engine that is gone"
     return accounts
 
 

@@ -23,7 +23,6 @@ REF = {
     "labels": LABELS,
     "lease": {},
 }
-BATCH = {"source": "s.txt", "prompt": "${text}", "output": "o"}
 
 
 @pytest.fixture(scope="module", params=["fake", "token", "no token"])
@@ -74,10 +73,12 @@ def test_a_job_ends_with_its_result(jobs):
     assert jobs.get(request.submission_id).status == SUCCEEDED
 
 
-def test_an_error_arrives_as_what_it_was(jobs):
+def test_an_error_arrives_as_what_it_was(jobs, tmp_path):
     """The class and the sentence that the cluster raised."""
+    (tmp_path / "s.txt").write_text("a row\n")
+    batch = {"source": str(tmp_path / "s.txt"), "prompt": "${text}", "output": str(tmp_path / "o")}
     with pytest.raises(EngineError, match=r"raylm-e-0123456789 is gone.*Clear the deploy task"):
-        finish(jobs, JobRequest("raylm-contract-gone", "infer", {"engine": REF, "batch": BATCH}))
+        finish(jobs, JobRequest("raylm-contract-gone", "infer", {"engine": REF, "batch": batch}))
     bad = {"engine": {"name": "e"}, "labels": LABELS, "replace": False}
     with pytest.raises(SpecError, match=r"EngineSpec\.model"):
         finish(jobs, JobRequest("raylm-contract-spec", "deploy", bad))

@@ -83,14 +83,17 @@ def test_more_than_the_cluster_has(cluster, engine, engine_spec):
 
 
 def test_two_runs_have_an_engine_each(cluster, engine, engine_spec, source, tmp_path):
-    """Both up at a time; tearing one down leaves the other at work."""
+    """Both up at a time; tearing one down leaves the other at work. It comes back, once, for tasks that ask for it."""
     other = deploy(cluster, engine_spec)
     assert other["application"] != engine["application"]
     assert sorted(engines(cluster)) == sorted([engine["application"], other["application"]])
 
-    def infer(ref, name):
+    def request(ref, name):
         batch = {"source": f"{source}/0.parquet", "prompt": "${text}", "max_tokens": 2, "output": str(tmp_path / name)}
-        return cluster.run("infer", {"engine": ref, "batch": batch})["rows_written"]
+        return {"engine": ref, "batch": batch}
+
+    def infer(ref, name):
+        return cluster.run("infer", request(ref, name))["rows_written"]
 
     assert infer(other, "a") == infer(engine, "b") > 0
     torn_down = cluster.run("teardown", {"application": other["application"]})
@@ -99,6 +102,15 @@ def test_two_runs_have_an_engine_each(cluster, engine, engine_spec, source, tmp_
     assert infer(engine, "c") > 0
     with pytest.raises(EngineError, match=r"is gone.*Clear the deploy task"):
         infer(other, "d")
+    assert infer(other, "a") == 0, "complete already: no engine is needed"
+
+    jobs = [cluster.start("infer", {**request(other, name), "redeploy": engine_spec}) for name in ("d", "e")]
+    ended = [cluster.finish(job) for job in jobs]
+    assert [report["rows_written"] > 0 for report, _ in ended] == [True, True]
+    said = [line for _, lines in ended for line in lines]
+    assert sum("deploying it again" in line for line in said) == 2
+    assert sum(line.startswith("deploying raylm-") for line in said) == 1
+    assert cluster.run("teardown", {"application": other["application"]})["usage"]["tasks"] == 2
 
 
 def test_a_sweep_sees_only_its_own_installation(cluster, engine):

@@ -108,6 +108,35 @@ def test_the_engine_is_torn_down_when_a_task_fails(dagbag):
     }
 
 
+class LosesItsEngine(FakeRayJobs):
+    """Before the task `review`."""
+
+    def submit(self, request):
+        if request.metadata["task_id"] == "review":
+            self._engines.clear()
+        return super().submit(request)
+
+
+def test_an_engine_that_is_gone_comes_back_where_the_author_says_so(dagbag, monkeypatch):
+    """As the deploy task made it, from the spec of the deploy task and from no other; and it is torn down."""
+    fake = LosesItsEngine()
+    result = run(dagbag, "raylm_daily_reviews", fake)
+
+    assert states(result)["review"] == "success"
+    assert fake.deployed == ["reviewer", "reviewer"]
+    deploy, infer = (next(r for r in fake.submitted if r.verb == verb) for verb in ("deploy", "infer"))
+    assert infer.payload["redeploy"] == deploy.payload["engine"]
+    assert fake.engines == {}
+
+    review = dagbag.dags["raylm_daily_reviews"].task_dict["review"]
+    monkeypatch.setattr(review, "retries", 0)
+    for redeploy in ({"name": "reviewer", "model": "another"}, None):
+        monkeypatch.setattr(review, "redeploy", redeploy)
+        fake = LosesItsEngine()
+        assert states(run(dagbag, "raylm_daily_reviews", fake))["review"] == "failed"
+        assert fake.deployed == ["reviewer"]
+
+
 def test_each_partition_gets_its_task(dagbag):
     """On the one engine."""
     fake = FakeRayJobs()

@@ -12,10 +12,20 @@ from airflow_provider_raylm.cluster.lease import TimeSheet, expiry
 from airflow_provider_raylm.cluster.llm import PLACEMENT, llm_config
 from airflow_provider_raylm.cluster.resources import bundles, shortage
 from airflow_provider_raylm.errors import EngineError
-from airflow_provider_raylm.specs import EngineSpec, Lease
+from airflow_provider_raylm.specs import EngineRef, EngineSpec, Labels, Lease
 
 GPU_NODE = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H100": 1.0, "memory": 1e9}
 CPU_NODE = {"CPU": 8.0, "memory": 1e9}
+
+
+REF = EngineRef(
+    application="a",
+    deployment="engine",
+    model="m",
+    fingerprint="f",
+    labels=Labels(installation="i", dag_id="d", run_id="r", engine="e"),
+    lease=Lease(),
+)
 
 
 def spec(**fields):
@@ -24,7 +34,7 @@ def spec(**fields):
 
 def test_an_engine_that_comes_back_is_waited_for(monkeypatch):
     """Said once; one that failed to deploy is not waited for, and nor is one that is not there."""
-    states = ["UNHEALTHY", "UNHEALTHY", "DEPLOYING", "DEPLOYING", "RUNNING"]
+    states = ["UNHEALTHY", "UNHEALTHY", "UNHEALTHY", "DEPLOYING", "DEPLOYING", "RUNNING"]
     said = []
 
     def status(application):
@@ -33,18 +43,43 @@ def test_an_engine_that_comes_back_is_waited_for(monkeypatch):
 
     monkeypatch.setattr(engine, "_status", status)
     monkeypatch.setattr(engine, "POLL_PERIOD_S", 0.01)
-    engine.wait_until_running("a", 5, said.append)
+    engine.wait_until_running(REF, 5, said.append)
     assert [line.partition(";")[0] for line in said] == ["the engine is not well: UNHEALTHY, unhealthy"]
 
     states[:] = ["DEPLOY_FAILED"]
     with pytest.raises(EngineError, match=r"a is DEPLOY_FAILED: why\. Clear the deploy task"):
-        engine.wait_until_running("a", 5, said.append)
+        engine.wait_until_running(REF, 5, said.append)
     states[:] = ["UNHEALTHY"]
     with pytest.raises(EngineError, match="a is UNHEALTHY"):
-        engine.wait_until_running("a", 0.05, said.append)
+        engine.wait_until_running(REF, 0.05, said.append)
     states[:] = [None]
     with pytest.raises(EngineError, match="a is gone"):
-        engine.wait_until_running("a", 5, said.append)
+        engine.wait_until_running(REF, 5, said.append)
+
+
+def test_an_engine_that_was_replaced_is_not_taken_for_the_first(monkeypatch):
+    """Its answers would be mixed with those of another model."""
+    running = SimpleNamespace(status=ApplicationStatus.RUNNING, deployments={"engine": 0, "lease-other": 0})
+    monkeypatch.setattr(engine, "_status", lambda application: running)
+
+    with pytest.raises(EngineError, match=r"is another engine by now \(fingerprint other, this task's f\).*Clear this"):
+        engine.wait_until_running(REF, 5, print)
+
+
+def test_only_an_engine_that_is_gone_is_deployed_again(monkeypatch):
+    """Under its old labels, for a short while, and not deleted by a task that only joined."""
+    deployed = []
+    states = ["RUNNING", "UNHEALTHY", "DEPLOYING", "DELETING", None]
+    monkeypatch.setattr(engine, "deploy", lambda *args, **kwargs: deployed.append((args, kwargs)))
+    for state in states:
+        status = state and SimpleNamespace(status=ApplicationStatus(state), deployments={"lease-f": 0})
+        monkeypatch.setattr(engine, "_status", lambda application, status=status: status)
+        engine.redeploy(spec(), REF, lambda line: None)
+
+    (args, kwargs), _ = deployed
+    assert len(deployed) == 2
+    assert args == (spec(lease=Lease(idle_timeout=300)), REF.labels)
+    assert (kwargs["replace"], kwargs["owned"]) == (False, False)
 
 
 @pytest.mark.parametrize(

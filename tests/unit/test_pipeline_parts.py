@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
+from airflow_provider_raylm.cluster import stage
 from airflow_provider_raylm.cluster.recovery import EngineFailure
 from airflow_provider_raylm.cluster.report import Tally, count_block
 from airflow_provider_raylm.cluster.rows import Answer, Refusal
@@ -25,7 +27,7 @@ from airflow_provider_raylm.cluster.source import (
     read_rows,
     schema_of,
 )
-from airflow_provider_raylm.cluster.stage import MESSAGE, REASON, BlockAnswerer, once, through_handle
+from airflow_provider_raylm.cluster.stage import MESSAGE, REASON, BlockAnswerer, Calls, once, through_handle
 from airflow_provider_raylm.cluster.window import in_order, window
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import BatchReport, BatchSpec
@@ -344,6 +346,9 @@ def test_a_column_that_only_some_file_lacks_is_fatal(tmp_path):
         BlockAnswerer(spec(tmp_path), "m", ask).answer(pa.table({"other": ["x"], ROW_ID: ["1"]}))
 
 
+HOLD = Calls(lambda: None)
+
+
 class Handle:
     """A deployment handle whose replica returns, or raises, what it is told."""
 
@@ -367,16 +372,56 @@ class Handle:
 def test_a_lost_answer_is_noticed():
     """Never a row without its answer."""
     with pytest.raises(EngineError, match="1 of 2 rows"):
-        through_handle(Handle([Answer("a", "stop", 1, 1)]), 1)("{}", ["a", "b"], alone=False)
+        through_handle(Handle([Answer("a", "stop", 1, 1)]), 1, HOLD)("{}", ["a", "b"], alone=False)
 
 
 def test_a_replica_that_does_not_answer_is_not_waited_for():
     """The rows' own time and a minute; then the call is taken back."""
     handle = Handle(TimeoutError())
     with pytest.raises(EngineFailure, match="did not answer within 65 s"):
-        through_handle(handle, 5)("{}", ["a"], alone=False)
+        through_handle(handle, 5, HOLD)("{}", ["a"], alone=False)
 
     assert handle.cancelled
+
+
+class NobodysHandle:
+    """A deployment handle as Serve has it when the deployment is gone: a call waits until it is cancelled."""
+
+    def __init__(self):
+        self.run_block = self.run_block_alone = self
+        self.cancelled = threading.Event()
+
+    def options(self, stream):
+        return self
+
+    def remote(self, fields, contents, timeout):
+        return self
+
+    def result(self, timeout_s=10):
+        assert self.cancelled.wait(timeout_s)
+        raise RequestCancelledError("id")
+
+    def __next__(self):
+        return self.result()
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_call_ends_when_the_engine_is_gone(alone, monkeypatch):
+    """And not before; a Serve that does not answer is not an engine that is gone."""
+    states = [None, RayServeException("restarting"), EngineError("gone")]
+
+    def require_there():
+        state = states.pop(0) if len(states) > 1 else states[0]
+        if state:
+            raise state
+
+    monkeypatch.setattr(stage, "LOOK_PERIOD_S", 0.05)
+    with pytest.raises(EngineFailure, match="cancelled"):
+        through_handle(NobodysHandle(), 10, Calls(require_there))("{}", ["a"], alone=alone)
+    assert len(states) == 1
 
 
 def test_equal_requests_are_asked_once():
