@@ -20,16 +20,11 @@ from airflow_provider_raylm.naming import application_name
 from airflow_provider_raylm.specs import Labels
 from tests.chaos.witness import WITNESS
 from tests.clusters import Cluster
+from tests.offline import ENGINE_KWARGS
 from tests.standalone import Airflow, standalone
 from tests.tiny_model import make_tiny_model
 
-ENGINE_KWARGS = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "max_model_len": 512,
-    "max_num_seqs": 256,
-    "logits_processors": ["tests.chaos.witness:Witness"],
-}
+WITNESSED = {**ENGINE_KWARGS, "max_num_seqs": 256, "logits_processors": ["tests.chaos.witness:Witness"]}
 INSTALLATION = "chaos"
 LEASE = {"idle_timeout": 3600, "max_lifetime": 36_000}
 BLOCK_ROWS = 64
@@ -61,11 +56,12 @@ class Scene:
     cluster: Cluster
     chance: random.Random
     stack: ExitStack
+    engine_kwargs: dict = field(default_factory=lambda: WITNESSED)
     engine: dict = field(default_factory=dict)
     _airflow: Airflow | None = None
 
     def spec(self, name, **fields):
-        """Return the spec of an engine with a witness."""
+        """Return the spec of an engine; with the scene's own arguments it has a witness."""
         return {
             "name": name,
             "model": str(make_tiny_model(self.cluster.folder / "model")),
@@ -73,7 +69,7 @@ class Scene:
             "gpus": 0,
             "cpus": 0.3,
             "hang_timeout": 60,
-            "engine_kwargs": ENGINE_KWARGS,
+            "engine_kwargs": self.engine_kwargs,
             "env": {WITNESS: str(self.witness)},
             "lease": LEASE,
             **fields,
@@ -256,7 +252,7 @@ def labels(name):
 
 def at_most_redone(batch):
     """Return how many rows a task that is killed may have to ask again: those on their way, and two blocks."""
-    blocks = window(batch.get("in_flight_rows"), batch["block_rows"], ENGINE_KWARGS["max_num_seqs"])
+    blocks = window(batch.get("in_flight_rows"), batch["block_rows"], WITNESSED["max_num_seqs"])
     return (blocks + 2) * batch["block_rows"]
 
 

@@ -1,7 +1,4 @@
-"""Users, triggerers and clocks that interrupt a task at work: what happens to its job, its engine, and its rows.
-
-What dies without a user's wish is tests/chaos's.
-"""
+"""Users, workers, triggerers and clocks that interrupt a task: what happens to its job, its engine, and its rows."""
 
 import random
 import signal
@@ -14,6 +11,7 @@ import psutil
 import pytest
 
 from airflow_provider_raylm import local
+from tests.chaos.airflow_faults import dagrun_timeout, task_process_killed
 from tests.chaos.scene import Scene, written
 from tests.offline import ENGINE_KWARGS
 
@@ -29,8 +27,8 @@ STOP_TIMEOUT_S = 15
 def scene(cluster):
     """An Airflow, and an engine that no task of it deployed."""
     with ExitStack() as stack:
-        scene = Scene(cluster, random.Random(0), stack)
-        scene.engine = scene.deploy("shared", engine_kwargs=ENGINE_KWARGS, env={})
+        scene = Scene(cluster, random.Random(0), stack, ENGINE_KWARGS)
+        scene.engine = scene.deploy("shared")
         yield scene
         scene.teardown(scene.engine)
 
@@ -111,6 +109,15 @@ def another_triggerer(airflow):
         time.sleep(5)
         local.end_session(process.pid)
         process.wait()
+
+
+@pytest.mark.parametrize("fault", [task_process_killed, dagrun_timeout])
+def test_no_row_and_no_engine_is_lost(scene, fault):
+    """As in tests/chaos, at one moment."""
+    accounts = fault(scene)
+
+    assert (accounts.rows_lost, accounts.rows_duplicated) == (0, 0)
+    assert not scene.engines()
 
 
 def test_a_task_that_is_cleared_when_its_engine_is_gone_says_so(scene):

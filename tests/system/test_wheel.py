@@ -1,6 +1,8 @@
 """The package as it is shipped: its wheel, in an Airflow that has nothing else."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from airflow_provider_raylm import __version__
+from airflow_provider_raylm.get_provider_info import get_provider_info
 from tests.conftest import DAGS, REPOSITORY
 
 UV = REPOSITORY / ".venv/tools/bin/uv"
@@ -28,7 +31,8 @@ def bare(tmp_path_factory):
     uv("venv", "--quiet", "--python", sys.executable, str(folder / "venv"))
     (wheel,) = folder.glob("*.whl")
     python = folder / "venv" / "bin" / "python"
-    uv("pip", "install", "--quiet", "--python", str(python), "--constraint", "constraints.txt", str(wheel))
+    install = ["pip", "install", "--quiet", "--compile-bytecode", "--constraint", "constraints.txt"]
+    uv(*install, "--python", str(python), str(wheel))
     return python.parent
 
 
@@ -69,7 +73,19 @@ print(len(bag.dags))
 )
 def test_airflow_lists_what_the_provider_has(bare, listing, shown):
     """As `airflow providers ...` tells its user."""
-    import re
-
     listed = airflow(bare, "-m", "airflow", "providers", listing, "--output", "plain")
     assert re.search(shown.replace(" | ", r"\s+"), listed), listed
+
+
+def test_airflow_knows_all_that_the_provider_declares(bare):
+    """Key by key."""
+    printed = airflow(bare, "-m", "airflow", "providers", "get", "airflow-provider-raylm", "--full", "--output", "json")
+    (known,) = json.loads(printed.splitlines()[-1])
+
+    declared = get_provider_info()
+    assert set(known) >= set(declared)
+    # Airflow prints true as "True", and cuts the full stop off the description.
+    for key in set(declared) - {"description", "connection-types"}:
+        assert known[key] == declared[key], key
+    (form,), (declared_form,) = known["connection-types"], declared["connection-types"]
+    assert form["conn-fields"].keys() == declared_form["conn-fields"].keys()

@@ -3,7 +3,7 @@
 from datetime import timedelta
 from pathlib import Path
 
-from airflow.sdk import DAG, Param
+from airflow.sdk import DAG, Param, task
 
 from airflow_provider_raylm.operators.raylm import (
     BatchInferenceOperator,
@@ -32,7 +32,21 @@ for dag_id, deferrable in (("chaos_on_an_engine", False), ("chaos_deferred", Tru
             task_id="work", engine=ENGINE, batch=BATCH, on_execute_callback=note_process, deferrable=deferrable
         )
 
-with DAG("chaos_with_its_own", schedule=None, dagrun_timeout=timedelta(seconds=170), **KWARGS):
+with DAG("chaos_with_its_own", schedule=None, dagrun_timeout=timedelta(seconds=120), **KWARGS):
     deploy = DeployEngineOperator(task_id="deploy", engine=ENGINE)
     work = BatchInferenceOperator(task_id="work", engine=deploy.output, batch=BATCH)
     deploy >> work >> TeardownEngineOperator(task_id="teardown", engine=deploy.output).as_teardown(setups=deploy)
+
+with DAG("chaos_partitions", schedule=None, **KWARGS):
+
+    @task
+    def partitions(params, run_id):
+        """One batch for each source."""
+        batch = params["batch"]
+        return [{**batch, "source": one, "output": f"{one}-{run_id}"} for one in batch["source"]]
+
+    batches = partitions()
+    deploy = DeployEngineOperator(task_id="deploy", engine=ENGINE, deferrable=True)
+    work = BatchInferenceOperator.partial(task_id="work", engine=deploy.output, redeploy=ENGINE, deferrable=True)
+    teardown = TeardownEngineOperator(task_id="teardown", engine=deploy.output, deferrable=True)
+    deploy >> work.expand(batch=batches) >> teardown.as_teardown(setups=deploy)

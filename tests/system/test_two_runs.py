@@ -1,0 +1,90 @@
+"""Two runs of a DAG at once, each with an engine of its own and mapped tasks on it; and what is cleared afterwards."""
+
+import random
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.scene import Scene, written
+from tests.offline import ENGINE_KWARGS
+
+DAG_ID = "chaos_partitions"
+PARTITIONS = 3
+ROWS = 100
+LEASE = {"idle_timeout": 20, "max_lifetime": 3600}
+RUN_TIMEOUT_S = 400
+# The lease's, until it is looked at, and the deletion.
+ENGINE_GONE_S = 90
+
+
+class Runs:
+    """Two runs that were started one after the other, with the folders that they wrote."""
+
+    def __init__(self, scene):
+        self.scene = scene
+        self.sources = [scene.table(ROWS) for _ in range(PARTITIONS)]
+        batch = {**scene.batch("unused"), "source": [str(source) for source in self.sources], "max_tokens": 8}
+        conf = {"engine": scene.spec("own", lease=LEASE), "batch": batch}
+        self.ids = [scene.airflow.trigger(DAG_ID, conf) for _ in range(2)]
+
+    def wait(self, run):
+        state = self.scene.airflow.wait(DAG_ID, run, RUN_TIMEOUT_S)
+        assert state == "success", self.scene.airflow.states(DAG_ID, run)
+
+    def engine(self, run):
+        return self.scene.airflow.xcom(DAG_ID, run, "deploy")["application"]
+
+    def outputs(self, run):
+        return [Path(f"{source}-{run}") for source in self.sources]
+
+
+@pytest.fixture(scope="module")
+def scene(cluster):
+    """An Airflow, and no engine but those of its runs."""
+    with ExitStack() as stack:
+        yield Scene(cluster, random.Random(0), stack, ENGINE_KWARGS)
+
+
+@pytest.fixture(scope="module")
+def runs(scene):
+    runs = Runs(scene)
+    for run in runs.ids:
+        runs.wait(run)
+    return runs
+
+
+def test_each_has_its_engine_and_every_partition_its_rows(scene, runs):
+    """And neither leaves anything."""
+    first, second = map(runs.engine, runs.ids)
+    assert first != second
+    for run in runs.ids:
+        for output in runs.outputs(run):
+            rows = written(output)
+            assert (len(rows), len(set(rows))) == (ROWS, ROWS)
+    assert not scene.engines()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "rows_are_lost", "engine_returns"),
+    [
+        (["work"], False, False),
+        (["work"], True, True),
+        (["teardown"], False, False),
+        (["deploy"], False, True),
+        (["deploy", "work", "teardown"], True, False),
+    ],
+)
+def test_clearing_leaves_no_second_engine_and_no_leak(scene, runs, tasks, rows_are_lost, engine_returns):
+    """Of one task, or of all, when the run is over; an engine that no teardown follows ends by its lease."""
+    run, _ = runs.ids
+    if rows_are_lost:
+        for output in runs.outputs(run):
+            shutil.rmtree(output)
+    scene.airflow.clear(DAG_ID, run, *tasks)
+    runs.wait(run)
+
+    assert scene.engines() == ({runs.engine(run)} if engine_returns else set())
+    assert [len(written(output)) for output in runs.outputs(run)] == [ROWS] * PARTITIONS
+    scene.until(lambda: not scene.engines(), ENGINE_GONE_S)
