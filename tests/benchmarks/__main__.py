@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import plots
+from tests.benchmarks.deferred import deferred
 from tests.benchmarks.harness import HERE, REPOSITORY, Bench, Timing, as_json
 from tests.benchmarks.workloads import WORKLOADS, Workload
 from tests.clusters import ray_cluster
@@ -127,6 +128,8 @@ ROWS_PER_TASK = 100
 DAG_ROWS = 500
 WINDOWS = (128, 256, 512, 1024, 2048, 4096)
 TASKS_AT_A_TIME = (1, 2)
+# From so many on, at the default poll interval, all triggers together look as often as they may.
+DEFERRED = (30, 200)
 
 Result = dict[str, Any]
 
@@ -296,6 +299,8 @@ SINGLE_BARS: dict[str, tuple[str, float, Callable[[float, float], bool]]] = {
     "many": ("ours_vs_empty_job", 1.5, lambda value, bar: value <= bar),
     "dag": ("ours_vs_private_wall", 0.45, lambda value, bar: value <= bar),
     "concurrency": ("widest_vs_best", 0.95, lambda value, bar: value >= bar),
+    "deferred": ("requests_per_s", 1.1, lambda value, bar: value <= bar),
+    "deferred_cpu": ("triggerer_cpu_percent", 1.1, lambda value, bar: value <= bar),
 }
 
 
@@ -352,6 +357,8 @@ def run(wanted: Collection[str], machine: Machine, quick: bool, repeats: int) ->
                 yield "dag", dag(bench)
         if "null" in wanted:
             yield "null", null(Bench(cluster, Path(), {}, 0, 0), NULL_ROWS[:1] if quick else NULL_ROWS)
+    if "deferred" in wanted:
+        yield "deferred", deferred(DEFERRED)
 
 
 def _compare(bench: Bench, workloads: Mapping[str, Workload], repeats: int) -> Iterator[tuple[str, Result]]:
@@ -380,7 +387,7 @@ def show(results: Mapping[str, Result], machine: Machine) -> None:
 def main() -> None:
     """Run, write, draw, show."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    every = (*WORKLOADS, *SINGLES, "dag", "null")
+    every = (*WORKLOADS, *SINGLES, "dag", "null", "deferred")
     parser.add_argument("--quick", action="store_true", help="less than ten minutes: a part, once, on the one engine")
     parser.add_argument("--gpu", action="store_true", help="on one NVIDIA GPU, with models of 1.4 and 6.6 B parameters")
     parser.add_argument(
