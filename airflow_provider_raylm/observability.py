@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from airflow.sdk import Asset, AssetAlias
 from airflow.sdk.definitions.asset import AssetRef
 from airflow.sdk.lineage import get_hook_lineage_collector
-from airflow.sdk.observability import stats
+from airflow.sdk.observability import stats, trace
 
 from airflow_provider_raylm.specs import BatchReport
 
@@ -29,13 +29,20 @@ _GLOB = re.compile(r"[*?\[]")
 
 
 def measure(context: Context, counts: Mapping[str, int], seconds: Mapping[str, float]) -> None:
-    """Add to counters and timers ``raylm.<name>``, with Airflow's own tags for a task."""
+    """Add to counters and timers ``raylm.<name>``, with Airflow's own tags for a task, and tell the task's span."""
+    annotate(**counts, **seconds)
     tags = dict(context["ti"].stats_tags)
     for name, count in counts.items():
         if count:
             stats.incr(f"raylm.{name}", count, tags=tags)
     for name, value in seconds.items():
         stats.timing(f"raylm.{name}", timedelta(seconds=value), tags=tags)
+
+
+def annotate(**attributes: str | float | None) -> None:
+    """Give the span that Airflow has opened for the task, if it traces, the attributes ``raylm.<name>``."""
+    told = {f"raylm.{name}": value for name, value in attributes.items() if value is not None}
+    trace.get_current_span().set_attributes(told)
 
 
 def measure_batch(context: Context, report: BatchReport) -> None:

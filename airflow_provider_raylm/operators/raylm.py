@@ -20,7 +20,14 @@ from airflow_provider_raylm.following import Follower, submit_or_attach
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.links.raylm import OutputLink, RayJobLink, ServeApplicationLink, store_links
 from airflow_provider_raylm.naming import application_name, fingerprint, submission_id
-from airflow_provider_raylm.observability import announce, collect_lineage, measure, measure_batch, openlineage
+from airflow_provider_raylm.observability import (
+    annotate,
+    announce,
+    collect_lineage,
+    measure,
+    measure_batch,
+    openlineage,
+)
 from airflow_provider_raylm.polling import Watch
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
 from airflow_provider_raylm.specs import (
@@ -133,6 +140,7 @@ class RayLMOperator(BaseOperator):
         job = submit_or_attach(jobs, request, self.log.info, wanted)
         self._follower = Follower(jobs, job, self.log.info, self.poll_interval)
         store_links(context, jobs.dashboard_url, job, command.application, command.output)
+        annotate(submission_id=job, application=command.application, output=command.output)
         return self._follower
 
     def on_kill(self) -> None:

@@ -1,6 +1,7 @@
 """What a finished task tells the rest of Airflow."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from airflow.sdk import Asset, AssetAlias
@@ -71,6 +72,24 @@ def test_a_run_is_measured(measured, dagbag):
         ("teardown_reviewer", "raylm.engine_loading"): timedelta(0),
         ("teardown_reviewer", "raylm.engine_idle"): timedelta(0),
     }
+
+
+def test_a_span_tells_the_same(dagbag, monkeypatch):
+    """And which job and which engine it was, so that a slow task leads to both."""
+    span = SimpleNamespace(attributes={})
+    span.set_attributes = span.attributes.update
+    monkeypatch.setattr(observability, "trace", SimpleNamespace(get_current_span=lambda: span))
+    fake = FakeRayJobs()
+    fake.report("review", 10, failures={"null_value": 2}, seconds=3.5)
+    with fake.installed():
+        assert dagbag.dags["raylm_daily_reviews"].test().state == "success"
+
+    told = span.attributes
+    assert (told["raylm.rows_written"], told["raylm.rows_quarantined"], told["raylm.rows_already_done"]) == (8, 2, 0)
+    assert (told["raylm.inference_duration"], told["raylm.engine_idle"]) == (3.5, 0)
+    assert told["raylm.submission_id"] == fake.submitted[-1].submission_id
+    assert told["raylm.application"] == fake.submitted[-1].payload["application"]
+    assert told["raylm.output"] == fake.batches["review"].output
 
 
 def test_asset_events_have_the_figures():
