@@ -173,9 +173,12 @@ class Scene:
 
     def inference_jobs(self):
         """Return what Ray says of the inference jobs, also of those that have ended."""
-        headers = {"Authorization": f"Bearer {self.cluster.token}"}
-        jobs = httpx.get(f"{self.cluster.url}/api/jobs/", headers=headers, timeout=30).raise_for_status().json()
+        jobs = self._dashboard_says("/api/jobs/")
         return [job for job in jobs if "airflow_provider_raylm.cluster infer" in job["entrypoint"]]
+
+    def _dashboard_says(self, path):
+        headers = {"Authorization": f"Bearer {self.cluster.token}"}
+        return httpx.get(f"{self.cluster.url}{path}", headers=headers, timeout=30).raise_for_status().json()
 
     def until(self, condition, timeout, period=0.5):
         """Wait until *condition* holds, and return what it returned."""
@@ -220,10 +223,8 @@ class Scene:
         return found
 
     def engines(self):
-        """Return the engines on the cluster beside the scene's own."""
-        payload = {"delete": [], "max_age": None, "installation": INSTALLATION}
-        found = {info["application"] for info in self.cluster.run("sweep", payload)["engines"]}
-        return found - {self.engine.get("application")}
+        """Return the applications on the cluster beside the scene's own engine, in whatever state."""
+        return {*self._dashboard_says("/api/serve/applications/")["applications"]} - {self.engine.get("application")}
 
     def strays_after_a_while(self):
         """Return how many strays there are when they had half a minute to end."""
