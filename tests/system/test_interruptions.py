@@ -20,7 +20,7 @@ ROWS = 2_000
 BATCH = {"max_tokens": 128}
 RUN_TIMEOUT_S = 300
 # Until Ray has the job as stopped: Airflow tells a running task within five seconds, and Ray gives the job three.
-STOP_TIMEOUT_S = 15
+STOP_TIMEOUT_S = 10
 
 
 @pytest.fixture(scope="module")
