@@ -22,7 +22,9 @@ from airflow_provider_raylm.specs import EngineSpec
 PLACEMENT = "PACK"
 # Serve looks so often whether a replica that is to go still answers, and first looks after that time: 2 s by default.
 SHUTDOWN_LOOK_S = 0.2
-HEALTH_CHECK_PERIOD_S = 10
+# Serve replaces a replica after three checks that failed. Its default of 10 s leaves a GPU without an engine for longer
+# than that; a check is a message to vLLM's scheduler and back.
+HEALTH_CHECK_PERIOD_S = 2
 # By whether it has a GPU: an engine on CPUs answers late when the machine is busy; that is not ill health.
 _HANG_TIMEOUT_S = {True: 90.0, False: 360.0}
 # Serve imports it in the replica.
