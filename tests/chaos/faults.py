@@ -86,8 +86,8 @@ def job_killed_twenty_times(scene):
         for process in [scene.driver(), scene.process("AnswerAndWrite")]:
             kill(process)
 
-    # As soon as something is written, and with few rows on their way: there have to be some left for twenty attempts.
-    return _killed(scene, 20, harm, within=0.1, in_flight_rows=256)
+    # With few rows on their way: there have to be some left for twenty attempts.
+    return _killed(scene, 20, harm, within=0.3, block_rows=16, in_flight_rows=128)
 
 
 def _killed(scene: Scene, kills: int, harm: Callable[[], None], within: float, **fields: int) -> Accounts:
