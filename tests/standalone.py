@@ -77,13 +77,13 @@ class Airflow:
         """Give a task a state, as its user does."""
         self.call("PATCH", f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}", new_state=state)
 
-    def clear(self, dag_id: str, run_id: str, *task_ids: str) -> None:
-        """Let tasks run again."""
+    def clear(self, dag_id: str, run_id: str, task_id: str) -> None:
+        """Let a task run again."""
         self.call(
             "POST",
             f"/dags/{dag_id}/clearTaskInstances",
             dag_run_id=run_id,
-            task_ids=task_ids,
+            task_ids=[task_id],
             dry_run=False,
             only_failed=False,
         )

@@ -49,7 +49,7 @@ LEASE_CALL_TIMEOUT_S = 20.0
 DELETE_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 2 * DELETE_TIMEOUT_S
 NAMESPACE = "raylm"
-# No teardown may follow a redeployed engine, and tasks that were cleared together begin within minutes.
+# No teardown may follow a redeployed engine; the tasks of a run that need it begin within minutes of each other.
 REDEPLOYED_IDLE_S = 300.0
 
 Say = Callable[[str], None]

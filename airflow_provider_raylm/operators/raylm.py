@@ -252,8 +252,8 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
         batch: a BatchSpec, or a dict with its fields, in which strings may be Jinja templates and ``source`` may be
             an earlier task's output.
         redeploy: the EngineSpec that the deploy task was given: the engine is deployed again when it is gone, such as
-            for a task that is cleared after the run. Its lease then ends it after five idle minutes, if no teardown
-            does. None: the task fails then.
+            for a retry after Ray was restarted. Its lease then ends it after five idle minutes, if no teardown does.
+            None: the task fails then.
     """
 
     template_fields: Collection[str] = ("engine", "batch", "redeploy")

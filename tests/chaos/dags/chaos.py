@@ -47,6 +47,6 @@ with DAG("chaos_partitions", schedule=None, **KWARGS):
 
     batches = partitions()
     deploy = DeployEngineOperator(task_id="deploy", engine=ENGINE, deferrable=True)
-    work = BatchInferenceOperator.partial(task_id="work", engine=deploy.output, redeploy=ENGINE, deferrable=True)
+    work = BatchInferenceOperator.partial(task_id="work", engine=deploy.output, deferrable=True)
     teardown = TeardownEngineOperator(task_id="teardown", engine=deploy.output, deferrable=True)
     deploy >> work.expand(batch=batches) >> teardown.as_teardown(setups=deploy)
