@@ -67,7 +67,7 @@ def test_its_owner_alone_tears_it_down(fake, arguments):
     found = poke(fake, **arguments).xcom_value
     teardown = TeardownEngineOperator(task_id="teardown", engine=found)
 
-    with pytest.raises(SpecError, match=r"belongs to the DAG \w+ of .* Its own teardown deletes it"):
+    with pytest.raises(SpecError, match=r"belongs to the DAG \w+ of .* Only that one deploys it"):
         teardown.command({"ti": SimpleNamespace(dag_id="nightly", run_id="r")})
 
 
