@@ -16,11 +16,11 @@ TORCH := $(if $(PIP_FIND_LINKS)$(GPU),,--torch-backend=cpu)
 
 venv: $(VENV)/.installed
 
+# Modules are compiled here once, or else by each of an engine's three processes, whenever one starts: 40 seconds.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PYTHON) -m venv $(VENV)/tools
 	$(VENV)/tools/bin/pip install --quiet uv
-	# Compiled here once, or else in each of an engine's three processes, whenever one starts: 40 seconds.
 	$(UV) pip install --quiet --compile-bytecode --python $(RUN)/python $(TORCH) $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@
 
