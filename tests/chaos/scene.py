@@ -60,6 +60,9 @@ class Scene:
     engine: dict = field(default_factory=dict)
     _airflow: Airflow | None = None
 
+    def __post_init__(self):
+        self._others = self._applications()
+
     def spec(self, name, **fields):
         """Return the spec of an engine; with the scene's own arguments it has a witness."""
         return {
@@ -223,8 +226,11 @@ class Scene:
         return found
 
     def engines(self):
-        """Return the applications on the cluster beside the scene's own engine, in whatever state."""
-        return {*self._dashboard_says("/api/serve/applications/")["applications"]} - {self.engine.get("application")}
+        """Return the applications that have come since the scene began, in whatever state, but for its own engine."""
+        return self._applications() - self._others - {self.engine.get("application")}
+
+    def _applications(self):
+        return {*self._dashboard_says("/api/serve/applications/")["applications"]}
 
     def strays_after_a_while(self):
         """Return how many strays there are when they had half a minute to end."""
