@@ -63,16 +63,18 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="each fault once")
     parser.add_argument("--only", nargs="+", choices=FAULTS, help="of others, chaos.json keeps what it has")
+    parser.add_argument("--repeats", type=int, help=f"default: {REPEATS}, with --quick 1")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
     # vLLM's worker imports the witness from the repository.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     OUT.mkdir(parents=True, exist_ok=True)
+    repeats = arguments.repeats or (1 if arguments.quick else REPEATS)
     print(f"chaos: seed {arguments.seed}", flush=True)
     written = OUT / "chaos.json"
     kept = json.loads(written.read_text())["cases"] if arguments.only and written.exists() else []
     cases, broken = [one for one in kept if one["fault"] not in arguments.only], []
-    for name, every in run(arguments.only or FAULTS, 1 if arguments.quick else REPEATS, arguments.seed):
+    for name, every in run(arguments.only or FAULTS, repeats, arguments.seed):
         if every is None or any(getattr(one, count) for one in every for count in NOTHING):
             broken.append(name)
         if every:

@@ -11,7 +11,7 @@ from tests.chaos.scene import parts
 ROWS = 4_000
 # Long enough that the fault strikes a task that works: half a minute on two cores.
 LONG = {"max_tokens": 64}
-# A minute and a half.
+# Two seconds for a hundred rows.
 LONGER = {"max_tokens": 480}
 RUN_TIMEOUT_S = 400.0
 LEASE = {"idle_timeout": 20, "max_lifetime": 3600}
@@ -71,7 +71,7 @@ def marked_failed_while_deferred(scene):
 
 def _marked(scene, dag_id):
     """The job stops and its requests are aborted; cleared later, the task completes."""
-    rows = ROWS // 2
+    rows = 1_500
     batch = scene.batch(scene.table(rows), **LONGER)
     with scene.accounted(batch, rows) as accounts:
         run = _on_the_engine(scene, batch, dag_id)
@@ -99,14 +99,16 @@ def _with_its_own(scene, batch):
 @fault
 def dagrun_timeout(scene):
     """It skips the teardown: the lease ends the engine. The rows that are missing are answered by the next engine."""
-    batch = scene.batch(scene.table(ROWS), **LONGER)
-    with scene.accounted(batch, ROWS) as accounts:
+    # More than a minute: longer than what is left of the run's time when the engine is up.
+    rows = 3_000
+    batch = scene.batch(scene.table(rows), **LONGER)
+    with scene.accounted(batch, rows) as accounts:
         run = _with_its_own(scene, batch)
         assert scene.airflow.wait("chaos_with_its_own", run, RUN_TIMEOUT_S) == "failed"
         over = time.monotonic()
         states = scene.airflow.states("chaos_with_its_own", run)
         assert states["teardown"] == "skipped", states
-        assert len(parts(batch)) * batch["block_rows"] < ROWS, "the task was done before the run's time was over"
+        assert len(parts(batch)) * batch["block_rows"] < rows, "the task was done before the run's time was over"
         scene.until(lambda: not scene.engines(), 120)
         accounts.recovery_s = time.monotonic() - over
         scene.retry(batch)
