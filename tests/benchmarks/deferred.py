@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ class _Dashboard(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Jobs)
         self.requests = 0
         self.jobs: set[str] = set()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # Airflow's end cuts its connections.
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Jobs(http.server.BaseHTTPRequestHandler):

@@ -130,3 +130,18 @@ def test_a_task_that_is_cleared_when_its_engine_is_gone_says_so(scene):
     assert "The engine raylm-shared-0000000000 is gone" in log
     assert "Clear the deploy task together with this one" in log
     scene.airflow.mark("chaos_on_an_engine", run, "work", "failed")
+
+
+def test_a_task_that_may_deploys_its_engine_again(scene):
+    """In its retry, and the run's teardown deletes that engine, too. The end of a lease looks the same to a task."""
+    batch = scene.batch(scene.table(ROWS), **BATCH)
+    run = scene.airflow.trigger("chaos_redeploys", {"engine": scene.spec("own"), "batch": batch})
+    scene.at_a_random_moment(batch)
+    scene.teardown(scene.airflow.xcom("chaos_redeploys", run, "deploy"))
+
+    assert scene.airflow.wait("chaos_redeploys", run, RUN_TIMEOUT_S) == "success"
+    rows = written(scene.cluster.folder / batch["output"])
+    assert (len(rows), len(set(rows))) == (ROWS, ROWS)
+    assert "is gone" in scene.airflow.log("chaos_redeploys", run, "work")
+    assert "deploying it again (redeploy)" in scene.airflow.log("chaos_redeploys", run, "work", attempt=2)
+    assert not scene.engines()

@@ -32,10 +32,14 @@ for dag_id, deferrable in (("chaos_on_an_engine", False), ("chaos_deferred", Tru
             task_id="work", engine=ENGINE, batch=BATCH, on_execute_callback=note_process, deferrable=deferrable
         )
 
-with DAG("chaos_with_its_own", schedule=None, dagrun_timeout=timedelta(seconds=80), **KWARGS):
-    deploy = DeployEngineOperator(task_id="deploy", engine=ENGINE)
-    work = BatchInferenceOperator(task_id="work", engine=deploy.output, batch=BATCH)
-    deploy >> work >> TeardownEngineOperator(task_id="teardown", engine=deploy.output).as_teardown(setups=deploy)
+for dag_id, timeout, redeploy in (
+    ("chaos_with_its_own", timedelta(seconds=80), None),
+    ("chaos_redeploys", None, ENGINE),
+):
+    with DAG(dag_id, schedule=None, dagrun_timeout=timeout, **KWARGS):
+        deploy = DeployEngineOperator(task_id="deploy", engine=ENGINE)
+        work = BatchInferenceOperator(task_id="work", engine=deploy.output, batch=BATCH, redeploy=redeploy)
+        deploy >> work >> TeardownEngineOperator(task_id="teardown", engine=deploy.output).as_teardown(setups=deploy)
 
 with DAG("chaos_partitions", schedule=None, **KWARGS):
 
