@@ -49,6 +49,8 @@ LEASE_CALL_TIMEOUT_S = 20.0
 DELETE_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 2 * DELETE_TIMEOUT_S
 NAMESPACE = "raylm"
+# Begins what Ray Data adds to the text of whatever its stages raise: how to have it retry.
+_RAY_DATAS_ADVICE = "\nFailed to apply UDF transform"
 # No teardown may follow a redeployed engine; the tasks of a run that need it begin within minutes of each other.
 REDEPLOYED_IDLE_S = 300.0
 
@@ -237,7 +239,7 @@ def explained(application: str) -> Iterator[None]:
         causes = list(_causes(error))
         for cause in causes:
             if isinstance(cause, RayLMError):
-                raise type(cause)(str(cause)) from None
+                raise type(cause)(str(cause).partition(_RAY_DATAS_ADVICE)[0]) from None
         lost = [cause for cause in causes if isinstance(cause, RayActorError | RayServeException)]
         if not lost:
             raise

@@ -60,6 +60,7 @@ class Recovery:
         self._lock = threading.Lock()
         self._life = 0
         self._failures = 0
+        self._end: EngineError | None = None
 
     def __call__(self, fields: str, contents: Sequence[Content]) -> list[Answer | Refusal]:
         """Answer a block; a row at which the engine fails by itself is refused (``engine_failure``).
@@ -88,23 +89,29 @@ class Recovery:
         try:
             answers = self._ask(fields, contents, alone=alone)
         except EngineFailure as failure:
-            self._recover(life, failure)
+            with self._lock:
+                self._recover(life, failure)
             return failure
         self._failures = 0
         return answers
 
     def _recover(self, life: int, failure: EngineFailure) -> None:
         # Blocks that were in flight together failed together: the first waits for the engine, the others for it.
-        with self._lock:
-            if life != self._life:
-                return
-            self._failures += 1
+        if self._end is not None:
+            raise self._end
+        if life != self._life:
+            return
+        self._failures += 1
+        try:
             if self._failures >= FAILURES_IN_A_ROW:
                 raise EngineError(
                     f"The engine failed {self._failures} times without an answer in between; the last time: {failure}"
                 )
             self._wait()
-            self._life += 1
+        except EngineError as error:
+            self._end = error
+            raise
+        self._life += 1
 
 
 class Gate:

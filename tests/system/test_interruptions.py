@@ -142,6 +142,8 @@ def test_a_task_that_may_deploys_its_engine_again(scene):
     assert scene.airflow.wait("chaos_redeploys", run, RUN_TIMEOUT_S) == "success"
     rows = written(scene.cluster.folder / batch["output"])
     assert (len(rows), len(set(rows))) == (ROWS, ROWS)
-    assert "is gone" in scene.airflow.log("chaos_redeploys", run, "work")
+    log = scene.airflow.log("chaos_redeploys", run, "work")
+    assert "is gone" in log, log
+    assert "max_map_retries" not in log, log
     assert "deploying it again (redeploy)" in scene.airflow.log("chaos_redeploys", run, "work", attempt=2)
     assert not scene.engines()

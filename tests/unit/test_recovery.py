@@ -93,6 +93,23 @@ def test_an_engine_that_does_not_come_back_ends_the_task():
         Recovery(Engine(deadly=["row 0"]), wait)("{}", rows(0))
 
 
+def test_all_blocks_in_flight_end_for_the_same_reason():
+    """However many they are, none waits for the engine anew."""
+    crowd = 2 * FAILURES_IN_A_ROW
+    engine = Engine(deadly=["row 0"], crowd=crowd)
+    waits = []
+
+    def gone():
+        waits.append(1)
+        raise EngineError("The engine is gone.")
+
+    recovery = Recovery(engine, gone)
+    with ThreadPoolExecutor(crowd) as pool:
+        blocks = [pool.submit(recovery, "{}", rows(256 * i)) for i in range(crowd)]
+    assert {str(block.exception()) for block in blocks} == {"The engine is gone."}
+    assert len(waits) == 1
+
+
 def test_a_block_is_not_blamed_for_a_death_before_its_turn():
     """It waited at the gate when another task's row killed the engine."""
     calls = []
