@@ -214,7 +214,8 @@ class AnswerAndWrite:
         wait()
         self._window = window(task.in_flight_rows, task.block_rows, to.replicas * _capacity(handle))
         calls = Calls(partial(engine.require_there, to))
-        ask = Recovery(through_handle(handle, task.request_timeout, calls), wait)
+        me = ray.get_runtime_context().current_actor
+        ask = Recovery(through_handle(handle, task.request_timeout, calls, me), wait)
         self._answerer = BlockAnswerer(task, to.model, once(ask) if task.deduplicate else ask)
         self._output = Output(task, mark)
         self._read = partial(

@@ -24,6 +24,7 @@ from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+from airflow_provider_raylm.cluster.callers import Callers
 from airflow_provider_raylm.cluster.llm import llm_config
 from airflow_provider_raylm.cluster.recovery import Gate
 from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal
@@ -67,6 +68,7 @@ class BlockLLMServer(LLMServer):
         os.environ.update({name: _secret(path) for name, path in engine.secret_env.items()})
         log_starts = _log_sizes()
         self._gate = Gate()
+        self._callers = Callers()
         try:
             await super().__init__(llm_config(engine))
         except Exception as error:
@@ -97,35 +99,40 @@ class BlockLLMServer(LLMServer):
         await super().check_health()
         await self.ping()
 
-    async def run_block(self, fields: str, contents: list[Content], timeout: float) -> list[Answer | Refusal]:
+    async def run_block(
+        self, fields: str, contents: list[Content], timeout: float, caller: Any = None
+    ) -> list[Answer | Refusal]:
         """Answer one request per element of *contents*, in their order.
 
         A row that was refused, or took longer than *timeout* seconds, is a ``Refusal``. Cancelling the call aborts
-        what is still running.
+        what is still running, and so does the caller's death.
 
         Args:
             fields: what the requests share: an OpenAI request as JSON text, without prompt or messages.
             contents: a prompt (completion request) or messages (chat request) for each row.
             timeout: seconds.
+            caller: handle of the actor that waits for the answers.
 
         Raises:
             EngineError: the engine failed in a way that is not one row's fault.
         """
-        async with self._gate.passed(alone=False):
-            return await self._answers(fields, contents, timeout)
+        with self._callers.waiting(caller):
+            async with self._gate.passed(alone=False):
+                return await self._answers(fields, contents, timeout)
 
     async def run_block_alone(
-        self, fields: str, contents: list[Content], timeout: float
+        self, fields: str, contents: list[Content], timeout: float, caller: Any = None
     ) -> AsyncIterator[list[Answer | Refusal]]:
         """Answer as ``run_block`` does, while no other block is being answered; if the engine fails, it was this one.
 
         Yields nothing to say that it begins, then the answers.
         """
-        async with self._gate.passed(alone=True):
-            # Whoever was inside before may have killed the engine; that is not this block's doing.
-            await self.ping()
-            yield []
-            yield await self._answers(fields, contents, timeout)
+        with self._callers.waiting(caller):
+            async with self._gate.passed(alone=True):
+                # Whoever was inside before may have killed the engine; that is not this block's doing.
+                await self.ping()
+                yield []
+                yield await self._answers(fields, contents, timeout)
 
     async def _answers(self, fields: str, contents: list[Content], timeout: float) -> list[Answer | Refusal]:
         try:

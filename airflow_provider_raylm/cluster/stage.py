@@ -77,13 +77,14 @@ class Calls:
                 continue
 
 
-def through_handle(handle: Any, timeout: float, calls: Calls) -> AskEngine:
+def through_handle(handle: Any, timeout: float, calls: Calls, caller: Any = None) -> AskEngine:
     """Return a function that asks a block of requests through a deployment handle.
 
     Args:
         handle: handle of a ``BlockLLMServer`` deployment.
         timeout: seconds per row in the engine.
         calls: holds those that are on their way.
+        caller: handle of the actor that asks; the engine gives up what it asked when it has died.
 
     Raises (the returned function):
         EngineFailure: the engine failed, its replica is gone, or it does not answer at all.
@@ -93,13 +94,13 @@ def through_handle(handle: Any, timeout: float, calls: Calls) -> AskEngine:
         begun = not alone
         try:
             if alone:
-                stream = handle.options(stream=True).run_block_alone.remote(fields, list(contents), timeout)
+                stream = handle.options(stream=True).run_block_alone.remote(fields, list(contents), timeout, caller)
                 with calls.open(stream):
                     next(stream)
                     begun = True
                     answers: list[Answer | Refusal] = next(stream)
             else:
-                with calls.open(handle.run_block.remote(fields, list(contents), timeout)) as response:
+                with calls.open(handle.run_block.remote(fields, list(contents), timeout, caller)) as response:
                     answers = _bounded(response, timeout + HUNG_AFTER_S)
         except ENGINE_FAILURES as error:
             raise EngineFailure(_last_line(error), begun) from None

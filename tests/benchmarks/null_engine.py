@@ -12,7 +12,7 @@ class NullEngine:
     async def capacity(self) -> int:
         return 1024
 
-    async def run_block(self, fields: str, contents: list[str], timeout: float) -> list[Answer]:
+    async def run_block(self, fields: str, contents: list[str], timeout: float, caller: object = None) -> list[Answer]:
         return [Answer("nothing", "stop", 1, 1)] * len(contents)
 
 

@@ -357,7 +357,7 @@ class Handle:
         self.outcome = outcome
         self.cancelled = False
 
-    def remote(self, fields, contents, timeout):
+    def remote(self, fields, contents, timeout, caller):
         return self
 
     def result(self, timeout_s):
@@ -394,7 +394,7 @@ class NobodysHandle:
     def options(self, stream):
         return self
 
-    def remote(self, fields, contents, timeout):
+    def remote(self, fields, contents, timeout, caller):
         return self
 
     def result(self, timeout_s=10):
