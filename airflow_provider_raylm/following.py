@@ -14,6 +14,9 @@ from airflow_provider_raylm.polling import SUCCEEDED, TERMINAL, Ended, JobInfo, 
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
 from airflow_provider_raylm.wire import SAID, outcome
 
+STOP_TIMEOUT_S = 60.0
+STOP_PERIOD_S = 0.5
+
 Say = Callable[[str], None]
 
 
@@ -21,33 +24,55 @@ class Stopped(ClusterError):
     """The job was stopped before its end: by the user, or because the task was told to end."""
 
 
-def submit_or_attach(
-    jobs: RayJobs, request: Callable[[int], JobRequest], say: Say, wanted: Callable[[str], bool] = lambda _: False
-) -> str:
+def submit_or_attach(jobs: RayJobs, request: Callable[[int], JobRequest], say: Say, take_result: bool = False) -> str:
     """Return the submission id of the job to follow: the one that is running for this task, else a new one.
+
+    A job with other metadata is of before the task was cleared: it is stopped, if it still runs.
 
     Args:
         jobs: the cluster.
         request: makes the request of the n-th attempt; equal but for the id.
         say: receives a line about what was done.
-        wanted: whether the result of a job that has succeeded already, the last one, is still to be had.
+        take_result: rather than a new job take the last one, if that has succeeded and nobody had its result.
+
+    Raises:
+        ClusterError: an old job does not stop.
     """
     succeeded = None
     for attempt in itertools.count(1):
         candidate = request(attempt)
-        job = jobs.get(candidate.submission_id)
+        name = candidate.submission_id
+        job = jobs.get(name)
+        current = job is not None and job.metadata == candidate.metadata
         if job is not None and job.status in TERMINAL:
-            succeeded = candidate.submission_id if job.status == SUCCEEDED else None
+            succeeded = name if current and job.status == SUCCEEDED else None
             continue
-        if job is None and succeeded is not None and wanted(succeeded):
+        if job is not None and not current:
+            say(f"stopping Ray job {name}, which runs since before the task was cleared")
+            _stop(jobs, name)
+            continue
+        if job is None and succeeded is not None and take_result:
             say(f"Ray job {succeeded} has succeeded already, for an attempt that did not live to see it")
             return succeeded
         if job is None and jobs.submit(candidate):
-            say(f"submitted Ray job {candidate.submission_id} to {jobs.dashboard_url}")
+            say(f"submitted Ray job {name} to {jobs.dashboard_url}")
         else:
-            say(f"attached to Ray job {candidate.submission_id}, which is running already")
-        return candidate.submission_id
+            say(f"attached to Ray job {name}, which is running already")
+        return name
     raise AssertionError("unreachable")
+
+
+def _stop(jobs: RayJobs, submission_id: str) -> None:
+    """Stop a job and wait until it has ended: Ray kills it after three seconds."""
+    jobs.stop(submission_id)
+    end = time.monotonic() + STOP_TIMEOUT_S
+    while (job := jobs.get(submission_id)) is not None and job.status not in TERMINAL:
+        if time.monotonic() >= end:
+            raise ClusterError(
+                f"Ray job {submission_id} still runs {STOP_TIMEOUT_S:g} s after it was told to stop. Look at it on the "
+                f"dashboard ({jobs.dashboard_url}); then retry."
+            )
+        time.sleep(STOP_PERIOD_S)
 
 
 @dataclass

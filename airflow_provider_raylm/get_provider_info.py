@@ -82,6 +82,11 @@ def get_provider_info() -> dict[str, Any]:
                         "label": "Interpreter of the cluster's jobs",
                         "schema": {"type": ["string", "null"], "default": "python"},
                     },
+                    "namespace": {
+                        "label": "Ray namespace",
+                        "description": "Of the jobs: where row functions find named actors.",
+                        "schema": {"type": ["string", "null"]},
+                    },
                     "timeout": {
                         "label": "Seconds per HTTP request",
                         "schema": {"type": ["number", "null"], "default": 30},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from airflow_provider_raylm.errors import ClusterError
 
@@ -23,10 +24,12 @@ class JobInfo:
     Attributes:
         status: PENDING, RUNNING, or one of ``TERMINAL``.
         message: Ray's own sentence about the status.
+        metadata: what its JobRequest had.
     """
 
     status: str
     message: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

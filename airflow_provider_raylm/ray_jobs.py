@@ -25,7 +25,7 @@ from airflow_provider_raylm.errors import ClusterError, SpecError
 from airflow_provider_raylm.naming import APPLICATION_PREFIX
 from airflow_provider_raylm.polling import JobInfo, Unreachable
 from airflow_provider_raylm.specs import EngineRef, build
-from airflow_provider_raylm.wire import REQUEST_VARIABLE
+from airflow_provider_raylm.wire import NAMESPACE_VARIABLE, REQUEST_VARIABLE
 
 # Linux refuses an environment string over 128 KiB (MAX_ARG_STRLEN).
 _MAX_REQUEST_BYTES = 120_000
@@ -39,7 +39,7 @@ class JobRequest:
         submission_id: the job's id, chosen by the caller so that a retry finds the job.
         verb: deploy, infer, teardown or sweep.
         payload: the verb's arguments, JSON values.
-        metadata: strings that Ray's dashboard shows with the job.
+        metadata: strings that Ray's dashboard shows with the job: whose it is.
     """
 
     submission_id: str
@@ -107,6 +107,7 @@ class RayJobsClient:
         ship_package: upload this package with the first job, so that the cluster runs the worker's version; else
             it must be installed there.
         python: the interpreter of the cluster's jobs.
+        namespace: Ray namespace of the jobs; None for one of its own for each.
         timeout: seconds per request.
     """
 
@@ -119,6 +120,7 @@ class RayJobsClient:
         verify: bool | str = True,
         ship_package: bool = True,
         python: str = "python",
+        namespace: str | None = None,
         timeout: float = 30.0,
     ) -> None:
         self._url = dashboard_url.rstrip("/")
@@ -126,6 +128,7 @@ class RayJobsClient:
         self._verify = _ssl_context(verify)
         self._ship_package = ship_package
         self._python = python
+        self._namespace = namespace
         self._timeout = timeout
         self._http = self._open()
 
@@ -154,6 +157,8 @@ class RayJobsClient:
     def submit(self, request: JobRequest) -> bool:
         """Start a job; return False when one with that id exists already."""
         env_vars = {REQUEST_VARIABLE: request.wire(), "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_TQDM": "0"}
+        if self._namespace:
+            env_vars[NAMESPACE_VARIABLE] = self._namespace
         runtime_env: dict[str, Any] = {"env_vars": env_vars}
         if self._ship_package:
             runtime_env["py_modules"] = [self._upload_package()]
@@ -177,7 +182,7 @@ class RayJobsClient:
         if response.status_code == httpx.codes.NOT_FOUND:
             return None
         job = response.json()
-        return JobInfo(status=job["status"], message=job.get("message") or "")
+        return JobInfo(job["status"], job.get("message") or "", job.get("metadata") or {})
 
     def logs(self, submission_id: str, offset: int = 0) -> str:
         """Return the job's output from character *offset* on; empty while there is none."""

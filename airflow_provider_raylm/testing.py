@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -122,10 +122,11 @@ class FakeRayJobs:
             result = self._verbs()[request.verb](dict(request.payload), request)
         except RayLMError as error:
             log = f"{said}\n{error_line(error)}\n"
-            self._jobs[request.submission_id] = (JobInfo(FAILED, "the job failed"), log)
+            job = JobInfo(FAILED, "the job failed", request.metadata)
         else:
             log = f"{said}\n{result_line(result.model_dump(mode='json'))}\n"
-            self._jobs[request.submission_id] = (JobInfo(SUCCEEDED), log)
+            job = JobInfo(SUCCEEDED, metadata=request.metadata)
+        self._jobs[request.submission_id] = (job, log)
         return True
 
     def get(self, submission_id: str) -> JobInfo | None:
@@ -142,7 +143,7 @@ class FakeRayJobs:
         """Stop the job if it has not ended."""
         job = self._jobs.get(submission_id)
         if job and job[0].status not in TERMINAL:
-            self._jobs[submission_id] = (JobInfo(STOPPED), job[1])
+            self._jobs[submission_id] = (replace(job[0], status=STOPPED), job[1])
 
     def running_engines(self) -> tuple[EngineRef, ...]:
         """Return the engines that are up."""

@@ -14,6 +14,7 @@ from airflow_provider_raylm import __version__
 from airflow_provider_raylm.errors import ClusterError, from_wire, to_wire
 
 REQUEST_VARIABLE = "RAYLM_REQUEST"
+NAMESPACE_VARIABLE = "RAY_NAMESPACE"
 RESULT_SENTINEL = "RAYLM-RESULT "
 ERROR_SENTINEL = "RAYLM-ERROR "
 

@@ -91,10 +91,14 @@ class Cluster:
         """Return a client of the dashboard."""
         return RayJobsClient(self.url, **{"token": self.token, **kwargs})
 
+    def connection(self):
+        """Return the raylm connection's fields."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return {"conn_type": "raylm", "host": host, "port": int(port), "password": self.token or ""}
+
     def connection_uri(self):
         """Return the raylm connection as Airflow reads it from the environment."""
-        host, port = self.url.removeprefix("http://").split(":")
-        return f"raylm://:{self.token or ''}@{host}:{port}"
+        return "{conn_type}://:{password}@{host}:{port}".format(**self.connection())
 
     def start(self, verb, payload, **kwargs):
         """Submit a job and return its id."""
@@ -141,8 +145,8 @@ def ray_cluster(*, token=True, cpus=None, other_nodes=False):
     secret = secrets.token_hex(16) if token else None
     environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret} if secret else {"RAY_AUTH_MODE": "disabled"})
     environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"} if other_nodes else {}
-    started = local.start(folder / "ray", next(_PORTS), cpus=cpus, environ=environ)
     try:
+        started = local.start(folder / "ray", next(_PORTS), cpus=cpus, environ=environ)
         yield Cluster(folder, started.dashboard_url, secret, environ)
     finally:
         local.stop(folder / "ray")

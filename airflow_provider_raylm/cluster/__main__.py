@@ -19,7 +19,7 @@ import ray
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.errors import ClusterError, RayLMError
 from airflow_provider_raylm.specs import BatchSpec, EngineRef, EngineSpec, Labels, Value, build
-from airflow_provider_raylm.wire import REQUEST_VARIABLE, error_line, result_line, said_line
+from airflow_provider_raylm.wire import NAMESPACE_VARIABLE, REQUEST_VARIABLE, error_line, result_line, said_line
 
 
 def say(line: str) -> None:
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         request = json.loads(os.environ[REQUEST_VARIABLE])
         check_version(request["version"])
-        ray.init(log_to_driver=False, logging_level=logging.CRITICAL)
+        ray.init(namespace=os.environ.get(NAMESPACE_VARIABLE), log_to_driver=False, logging_level=logging.CRITICAL)
         # Ray reports the same failure from several layers; the outcome below tells it once.
         for name in ("ray", "ray.data", "ray.serve"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -25,6 +25,7 @@ class Extra(Value):
     headers: dict[str, str] = Field(default_factory=dict, description="Further HTTP headers.")
     ship_package: bool = Field(True, description="Send this package along with each job.")
     python: str = Field("python", description="Interpreter of the cluster's jobs.")
+    namespace: str | None = Field(None, description="Ray namespace of the jobs, for row functions' named actors.")
     timeout: float = Field(30, gt=0, description="Seconds per HTTP request.")
 
 
@@ -85,6 +86,7 @@ def _client(connection: Connection) -> RayJobsClient:
         verify=extra.ca_cert if extra.verify and extra.ca_cert else extra.verify,
         ship_package=extra.ship_package,
         python=extra.python,
+        namespace=extra.namespace,
         timeout=extra.timeout,
     )
 

@@ -2,12 +2,13 @@
 
 import json
 from contextlib import closing
+from functools import partial
 
 import pytest
 
 from airflow_provider_raylm.errors import EngineError, SpecError
 from airflow_provider_raylm.following import Follower, Stopped, submit_or_attach
-from airflow_provider_raylm.polling import SUCCEEDED, TERMINAL, JobInfo, Watch
+from airflow_provider_raylm.polling import STOPPED, SUCCEEDED, TERMINAL, JobInfo, Watch
 from airflow_provider_raylm.ray_jobs import JobRequest
 from airflow_provider_raylm.testing import FakeRayJobs
 from airflow_provider_raylm.wire import RESULT_SENTINEL, outcome
@@ -60,12 +61,13 @@ def test_an_unknown_job(jobs):
 
 def test_a_job_ends_with_its_result(jobs):
     """Its log can be read from any place on, and its id is taken from then on."""
-    request = JobRequest("raylm-contract-sweep", "sweep", SWEEP)
+    request = JobRequest("raylm-contract-sweep", "sweep", SWEEP, {"task_id": "sweep", "clear_number": "1"})
     result = finish(jobs, request)
     log = jobs.logs(request.submission_id)
 
     assert result == outcome(log) == {"engines": [], "deleted": []}
     assert jobs.get(request.submission_id).status == SUCCEEDED
+    assert jobs.get(request.submission_id).metadata == request.metadata
     assert jobs.logs(request.submission_id, log.index(RESULT_SENTINEL)).startswith(RESULT_SENTINEL)
     assert jobs.logs(request.submission_id, len(log)) == ""
     assert jobs.submit(request) is False
@@ -97,11 +99,11 @@ def test_no_engine_can_take_work(jobs):
 
 
 def test_a_second_try_attaches_or_starts_anew(jobs):
-    """A job that has ended gives the next attempt the next number, unless its result is still wanted."""
+    """A job that has ended gives the next attempt the next number, unless nobody has had its result."""
     said = []
 
-    def request(attempt):
-        return JobRequest(f"raylm-contract-again-{attempt}", "sweep", SWEEP)
+    def request(attempt, cleared="0"):
+        return JobRequest(f"raylm-contract-again-{attempt}", "sweep", SWEEP, {"clear_number": cleared})
 
     first = submit_or_attach(jobs, request, said.append)
     attached = submit_or_attach(jobs, request, said.append)
@@ -110,8 +112,8 @@ def test_a_second_try_attaches_or_starts_anew(jobs):
     second = submit_or_attach(jobs, request, said.append)
     Follower(jobs, second, said.append, 0.5).wait(Watch())
 
-    taken = submit_or_attach(jobs, request, said.append, wanted=lambda job: job == second)
-    third = submit_or_attach(jobs, request, said.append, wanted=lambda job: job != second)
+    taken = submit_or_attach(jobs, request, said.append, take_result=True)
+    third = submit_or_attach(jobs, partial(request, cleared="1"), said.append, take_result=True)
     Follower(jobs, third, said.append, 0.5).wait(Watch())
 
     assert (taken, third) == (second, f"{second[:-1]}{int(second[-1]) + 1}")
@@ -126,6 +128,27 @@ def test_names_with_any_characters(jobs):
 
     assert jobs.get(odd) is None
     jobs.stop(odd)
+
+
+def test_a_job_of_before_the_task_was_cleared_is_stopped(cluster):
+    """And the next one is started; on real Ray, where a job can be caught in the act."""
+    spec = {"name": "e", "model": "m", "gpus": 99, "scale_up_timeout": 600}
+
+    def request(attempt, cleared):
+        payload = {"engine": spec, "labels": LABELS, "replace": False}
+        return JobRequest(f"raylm-contract-cleared-{attempt}", "deploy", payload, {"clear_number": cleared})
+
+    said = []
+    with closing(cluster.client()) as jobs:
+        first = submit_or_attach(jobs, partial(request, cleared="0"), said.append)
+        attached = submit_or_attach(jobs, partial(request, cleared="0"), said.append)
+        second = submit_or_attach(jobs, partial(request, cleared="1"), said.append)
+        try:
+            assert (attached, jobs.get(first).status) == (first, STOPPED)
+            assert (second, jobs.get(second).status in TERMINAL) == ("raylm-contract-cleared-2", False)
+        finally:
+            jobs.stop(second)
+    assert f"stopping Ray job {first}, which runs since before the task was cleared" in said
 
 
 def test_a_stopped_job_raises_at_its_follower(cluster):

@@ -20,9 +20,10 @@ GREEDY = {"temperature": 0, "max_tokens": MAX_TOKENS}
 def infer(cluster, engine, tmp_path):
     """Run an inference task and return its report."""
 
-    def run(**batch):
+    def run(namespace=None, **batch):
         batch = {"prompt": "Say: ${text}", **GREEDY, "output": str(tmp_path / "out"), **batch}
-        return cluster.run("infer", {"engine": engine, "batch": {k: v for k, v in batch.items() if v is not None}})
+        batch = {name: value for name, value in batch.items() if value is not None}
+        return cluster.run("infer", {"engine": engine, "batch": batch}, namespace=namespace)
 
     return run
 
@@ -240,6 +241,15 @@ def test_equal_rows_are_asked_once(infer, texts, offline, tmp_path):
     expected = dict(zip(texts, offline["prompts"], strict=True))
     assert [row["response"] for row in read(tmp_path / "out")] == [expected[text] for text in lines]
     assert report["rows_written"] == 400
+
+
+def test_row_functions_run_in_the_connections_namespace(infer, texts, tmp_path):
+    """And what they add stays in the row."""
+    pq.write_table(pa.table({"text": texts[:10]}), tmp_path / "in.parquet")
+    task = {"source": str(tmp_path / "in.parquet"), "preprocess": "tests.integration.row_functions:with_namespace"}
+    infer(namespace="lookups", **task)
+
+    assert [(row["text"], row["namespace"]) for row in read(tmp_path / "out")] == [(t, "lookups") for t in texts[:10]]
 
 
 def test_progress_is_said_without_noise(cluster, engine, source, tmp_path):

@@ -31,6 +31,7 @@ def test_every_dag_parses(dagbag):
         ("raylm_daily_reviews", ["reviewer"], {"review"}),
         ("raylm_two_engines", ["sorter", "writer"], {"topic", "draft"}),
         ("raylm_partitions", ["reader"], {"language"}),
+        ("raylm_partition_groups", ["reader"], {"partition.language", "partition.summary"}),
         ("raylm_taskflow", ["reader"], {"summary", "language"}),
         ("raylm_sweep_engines", [], set()),
     ],
@@ -146,6 +147,23 @@ def test_each_partition_gets_its_task(dagbag):
     assert outputs == {f"s3://out/reviews/region={region}" for region in ("eu", "us", "apac")}
 
 
+def test_each_partition_gets_its_group_of_tasks(dagbag):
+    """The second task of a group reads what the first of the same group wrote; all of them on the one engine."""
+    fake = FakeRayJobs()
+    run(dagbag, "raylm_partition_groups", fake)
+
+    batches = [request.payload["batch"] for request in fake.submitted if request.verb == "infer"]
+    assert {(batch["source"], batch["output"]) for batch in batches} == {
+        place
+        for region in ("eu", "us", "apac")
+        for place in (
+            (f"s3://in/reviews/region={region}", f"s3://out/reviews/languages/region={region}"),
+            (f"s3://out/reviews/languages/region={region}", f"s3://out/reviews/summaries/region={region}"),
+        )
+    }
+    assert {batch["output_column"] for batch in batches} == {"language", "summary"}
+
+
 def test_a_sweep_deletes_what_outlived_its_run(dagbag):
     """An engine whose run is deleted goes; another installation's is not even seen."""
     fake = FakeRayJobs()
@@ -165,6 +183,7 @@ def test_an_engine_is_torn_down_after_all_that_use_it(dagbag):
     """Mapped tasks too, which Airflow's own setup and teardown context leaves out."""
     for dag_id, last in [
         ("raylm_partitions", "language"),
+        ("raylm_partition_groups", "partition.summary"),
         ("raylm_quickstart", "reply"),
         ("raylm_two_engines", "draft"),
     ]:

@@ -132,13 +132,15 @@ def connection(monkeypatch, uri):
 def test_a_connection_leads_to_its_dashboard(monkeypatch):
     """Address, token and extras, and a sentence for the form's Test button."""
     with dashboard() as (url, seen):
-        hook = connection(monkeypatch, url.replace("http://", "raylm://:to%2Fken@") + "/?ship_package=false")
+        hook = connection(
+            monkeypatch, url.replace("http://", "raylm://:to%2Fken@") + "/?ship_package=false&namespace=n"
+        )
         ok, sentence = hook.test_connection()
         client = hook.get_conn()
 
     assert (ok, sentence) == (True, f"Ray 2.60.0 answers at {url}")
     assert seen[0]["Authorization"] == "Bearer to/ken"
-    assert client._ship_package is False
+    assert (client._ship_package, client._namespace) == (False, "n")
 
 
 def test_a_connection_that_cannot_work(monkeypatch):
