@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -400,6 +400,21 @@ class EngineRef(Value):
     ray_version: str = ""
     vllm_version: str = ""
     deploy_seconds: float = 0.0
+
+
+class EngineQuery(Value):
+    """Which engine is looked for: its name, and whose it is; None for anybody's."""
+
+    installation: str
+    dag_id: str | None = None
+    run_id: str | None = None
+    engine: str
+
+    def latest(self, engines: Iterable[EngineRef]) -> EngineRef | None:
+        """Return the engine that fits; of several, the one whose run id comes last in the alphabet."""
+        wanted = self.model_dump(exclude_none=True).items()
+        fitting = (ref for ref in engines if wanted <= ref.labels.model_dump().items())
+        return max(fitting, key=lambda ref: ref.labels.run_id, default=None)
 
 
 class BatchReport(Value):

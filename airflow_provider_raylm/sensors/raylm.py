@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from contextlib import closing
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import BaseSensorOperator, PokeReturnValue
+from airflow.sdk import BaseSensorOperator, PokeReturnValue, conf
 
+from airflow_provider_raylm.errors import from_wire
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.operators.raylm import installation
-from airflow_provider_raylm.specs import EngineRef
+from airflow_provider_raylm.polling import Unreachable
+from airflow_provider_raylm.specs import EngineQuery, EngineRef, build
+from airflow_provider_raylm.triggers.raylm import EngineTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -28,6 +32,7 @@ class EngineSensor(BaseSensorOperator):
         owner_run_id: the run whose engine it is; None for any.
         owner_installation: the Airflow that deployed it; None for this one.
         raylm_conn_id: connection to the Ray cluster.
+        deferrable: wait in the triggerer. Default: ``[operators] default_deferrable``.
     """
 
     template_fields = ("engine", "owner_dag_id", "owner_run_id", "owner_installation")
@@ -41,6 +46,7 @@ class EngineSensor(BaseSensorOperator):
         owner_run_id: str | None = None,
         owner_installation: str | None = None,
         raylm_conn_id: str = RayLMHook.default_conn_name,
+        deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -49,26 +55,52 @@ class EngineSensor(BaseSensorOperator):
         self.owner_run_id = owner_run_id
         self.owner_installation = owner_installation
         self.raylm_conn_id = raylm_conn_id
+        self.deferrable = deferrable
+
+    @property
+    def query(self) -> EngineQuery:
+        """Which engine is looked for."""
+        return EngineQuery(
+            installation=self.owner_installation or installation(),
+            dag_id=self.owner_dag_id,
+            run_id=self.owner_run_id,
+            engine=self.engine,
+        )
+
+    def execute(self, context: Context) -> Any:
+        """Wait, and return the EngineRef as JSON values."""
+        if not self.deferrable:
+            return super().execute(context)
+        found = self.poke(context)
+        if not found:
+            trigger = EngineTrigger(self.raylm_conn_id, self.query.model_dump(), self.poke_interval)
+            self.defer(trigger=trigger, method_name=self.resume.__name__, timeout=timedelta(seconds=self.timeout))
+        return found.xcom_value
 
     def poke(self, context: Context) -> PokeReturnValue:
-        """Look once.
+        """Look once. A dashboard that does not answer has no engine for now.
 
         Raises:
-            ClusterError: the dashboard refuses to answer; Unreachable, if it does not answer.
+            ClusterError: the dashboard refuses to answer.
         """
-        with closing(RayLMHook(self.raylm_conn_id).get_conn()) as jobs:
-            found = [ref for ref in jobs.running_engines() if self._fits(ref)]
-        if not found:
-            return PokeReturnValue(is_done=False)
-        ref = max(found, key=lambda one: one.labels.run_id)
-        self.log.info("found %s of %s, run %s", ref.application, ref.labels.dag_id, ref.labels.run_id)
-        return PokeReturnValue(is_done=True, xcom_value=ref.model_dump(mode="json"))
+        try:
+            with closing(RayLMHook(self.raylm_conn_id).get_conn()) as jobs:
+                found = self.query.latest(jobs.running_engines())
+        except Unreachable as error:
+            self.log.warning("%s", error)
+            found = None
+        return PokeReturnValue(is_done=found is not None, xcom_value=found and self._told(found))
 
-    def _fits(self, ref: EngineRef) -> bool:
-        labels = ref.labels
-        return (
-            labels.engine == self.engine
-            and labels.installation == (self.owner_installation or installation())
-            and self.owner_dag_id in (None, labels.dag_id)
-            and self.owner_run_id in (None, labels.run_id)
-        )
+    def resume(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
+        """Return the EngineRef that the trigger brought.
+
+        Raises:
+            ClusterError: the dashboard refuses to answer.
+        """
+        if "error" in event:
+            raise from_wire(event["error"])
+        return self._told(build(EngineRef, event["engine"]))
+
+    def _told(self, ref: EngineRef) -> dict[str, Any]:
+        self.log.info("found %s of %s, run %s", ref.application, ref.labels.dag_id, ref.labels.run_id)
+        return ref.model_dump(mode="json")

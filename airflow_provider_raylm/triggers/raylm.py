@@ -1,4 +1,4 @@
-"""The wait for a Ray job without a worker."""
+"""The waits without a worker: for a Ray job, and for an engine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from airflow.sdk import TaskInstanceState
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_raylm.errors import RayLMError, to_wire
@@ -17,6 +18,7 @@ from airflow_provider_raylm.following import Follower
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.polling import Unreachable, Watch
 from airflow_provider_raylm.ray_jobs import RayJobs
+from airflow_provider_raylm.specs import EngineQuery, EngineRef, build
 
 # All triggers of a process share these threads, and look so often together at most, however many they are: the load on
 # the triggerer and the dashboard does not grow with the tasks that wait.
@@ -69,7 +71,7 @@ class RayJobTrigger(BaseTrigger):
     """Follows a Ray job and fires once, with all that the resumed task needs.
 
     The event is ``{"result", "dashboard_url", "submission_id"}``, or ``{"error"}`` as the job reported it. A user who
-    marks or clears the task stops the job; a triggerer that restarts does not.
+    marks or clears the task stops the job; a triggerer that restarts, or stands still, does not.
 
     Args:
         raylm_conn_id: connection to the Ray cluster.
@@ -133,6 +135,65 @@ class RayJobTrigger(BaseTrigger):
         return seen
 
     async def on_kill(self) -> None:
-        """Stop the job: the user has marked or cleared the task."""
+        """Stop the job, unless the task is still deferred.
+
+        Airflow calls this when a user has marked or cleared the task, and also in a triggerer that stood still for so
+        long that another one has taken its triggers over: the job is the other one's then.
+        """
+        if await _in_thread(self._is_deferred):
+            self.log.info("another triggerer follows Ray job %s by now", self.submission_id)
+            return
         async with _client(self.raylm_conn_id) as jobs:
             await _in_thread(jobs.stop, self.submission_id)
+
+    def _is_deferred(self) -> bool:
+        # A triggerer has this module already; whoever parses DAGs need not.
+        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+        ti: Any = self.task_instance
+        states = RuntimeTaskInstance.get_task_states(ti.dag_id, ti.map_index, [ti.task_id], run_ids=[ti.run_id])
+        return TaskInstanceState.DEFERRED in states.get(ti.run_id, {}).values()
+
+
+class EngineTrigger(BaseTrigger):
+    """Fires with ``{"engine"}``, an EngineRef, as soon as an engine that fits can take work; or with ``{"error"}``.
+
+    A dashboard that does not answer may answer the next time: the sensor's timeout bounds the wait.
+
+    Args:
+        raylm_conn_id: connection to the Ray cluster.
+        query: which engine: an EngineQuery's fields.
+        poll_interval: seconds between two looks, at least.
+    """
+
+    def __init__(self, raylm_conn_id: str, query: dict[str, Any], poll_interval: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.raylm_conn_id = raylm_conn_id
+        self.query = query
+        self.poll_interval = poll_interval
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Return the class and its arguments."""
+        arguments = ("raylm_conn_id", "query", "poll_interval")
+        return f"{__name__}.{type(self).__name__}", {name: getattr(self, name) for name in arguments}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Look until an engine is found."""
+        try:
+            async with _client(self.raylm_conn_id) as jobs:
+                event = {"engine": (await self._find(jobs)).model_dump(mode="json")}
+        except RayLMError as error:
+            event = {"error": to_wire(error)}
+        yield TriggerEvent(event)  # type: ignore[no-untyped-call]
+
+    async def _find(self, jobs: RayJobs) -> EngineRef:
+        query = build(EngineQuery, self.query)
+        while True:
+            try:
+                found = query.latest(await _in_thread(jobs.running_engines))
+            except Unreachable as error:
+                self.log.warning("%s", error)
+            else:
+                if found is not None:
+                    return found
+            await asyncio.sleep(_pause(self.poll_interval))

@@ -1,17 +1,22 @@
 """Engines that somebody else deployed: found, used, and left alone."""
 
+import asyncio
 import json
 from contextlib import closing
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 from airflow.sdk import conf
+from airflow.sdk.exceptions import TaskDeferred
 
-from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.errors import ClusterError, SpecError
 from airflow_provider_raylm.operators.raylm import TeardownEngineOperator
+from airflow_provider_raylm.polling import Unreachable
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient
 from airflow_provider_raylm.sensors.raylm import EngineSensor
 from airflow_provider_raylm.testing import FakeRayJobs
+from airflow_provider_raylm.triggers.raylm import EngineTrigger
 from tests.unit.test_ray_jobs import dashboard
 
 HERE = str(conf.get("api", "base_url", fallback=None) or "http://localhost:8080")
@@ -21,19 +26,18 @@ HERE = str(conf.get("api", "base_url", fallback=None) or "http://localhost:8080"
 def fake():
     """A cluster with engines of two DAGs' runs, and of another Airflow."""
     fake = FakeRayJobs()
-    for number, owner in enumerate(
-        [
-            (HERE, "nightly", "scheduled__2026-01-01", "shared"),
-            (HERE, "nightly", "scheduled__2026-01-02", "shared"),
-            (HERE, "weekly", "scheduled__2026-01-03", "shared"),
-            (HERE, "nightly", "scheduled__2026-01-04", "other"),
-            ("elsewhere", "nightly", "scheduled__2026-01-05", "shared"),
-        ]
-    ):
-        labels = dict(zip(("installation", "dag_id", "run_id", "engine"), owner, strict=True))
-        payload = {"engine": {"name": labels["engine"], "model": "m"}, "labels": labels, "replace": False}
-        assert fake.submit(JobRequest(str(number), "deploy", payload))
+    deploy(fake, "scheduled__2026-01-01", "nightly")
+    deploy(fake, "scheduled__2026-01-02", "nightly")
+    deploy(fake, "scheduled__2026-01-03", "weekly")
+    deploy(fake, "scheduled__2026-01-04", "nightly", engine="other")
+    deploy(fake, "scheduled__2026-01-05", "nightly", installation="elsewhere")
     return fake
+
+
+def deploy(fake, run_id, dag_id, engine="shared", installation=HERE):
+    labels = {"installation": installation, "dag_id": dag_id, "run_id": run_id, "engine": engine}
+    payload = {"engine": {"name": engine, "model": "m"}, "labels": labels, "replace": False}
+    assert fake.submit(JobRequest(run_id, "deploy", payload))
 
 
 def poke(fake, **arguments):
@@ -60,6 +64,67 @@ def test_the_latest_that_fits_is_found(fake, arguments, run_id):
 
 def test_none_that_fits_is_waited_for(fake):
     assert not poke(fake, owner_dag_id="hourly").is_done
+
+
+def test_a_dashboard_that_does_not_answer_is_waited_for(fake, monkeypatch):
+    def running_engines():
+        raise Unreachable("no answer")
+
+    monkeypatch.setattr(fake, "running_engines", running_engines)
+    assert not poke(fake).is_done
+
+
+def test_it_waits_without_a_worker(fake):
+    """The engine comes later; what is found is the same."""
+    sensor = EngineSensor(
+        task_id="find", engine="late", owner_dag_id="nightly", deferrable=True, poke_interval=0.01, timeout=60
+    )
+
+    async def found(trigger):
+        events = trigger.run()
+        looking = asyncio.create_task(anext(events))
+        await asyncio.sleep(0.1)
+        assert not looking.done()
+        deploy(fake, "late", "nightly", engine="late")
+        return (await looking).payload
+
+    with fake.installed():
+        with pytest.raises(TaskDeferred) as deferred:
+            sensor.execute({})
+        path, arguments = deferred.value.trigger.serialize()
+        event = asyncio.run(found(EngineTrigger(**arguments)))
+        result = sensor.resume({}, event)
+
+    assert (path, deferred.value.timeout) == (
+        "airflow_provider_raylm.triggers.raylm.EngineTrigger",
+        timedelta(seconds=60),
+    )
+    assert result["application"] in fake.engines
+    assert result["labels"]["engine"] == "late"
+
+
+def test_an_engine_that_is_there_needs_no_waiting(fake):
+    sensor = EngineSensor(task_id="find", engine="shared", owner_dag_id="weekly", deferrable=True)
+    with fake.installed():
+        assert sensor.execute({})["labels"]["dag_id"] == "weekly"
+
+
+def test_a_refused_token_ends_the_wait(fake, monkeypatch):
+    """It will be refused the next time, too."""
+
+    def running_engines():
+        raise ClusterError("refused")
+
+    monkeypatch.setattr(fake, "running_engines", running_engines)
+    query = EngineSensor(task_id="find", engine="shared").query.model_dump()
+
+    async def fired():
+        return [event.payload async for event in EngineTrigger("raylm_default", query, 0.01).run()]
+
+    with fake.installed():
+        (event,) = asyncio.run(fired())
+    with pytest.raises(ClusterError, match="^refused$"):
+        EngineSensor(task_id="find", engine="shared").resume({}, event)
 
 
 @pytest.mark.parametrize("arguments", [{"owner_dag_id": "weekly"}, {"owner_installation": "elsewhere"}])

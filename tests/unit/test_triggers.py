@@ -5,6 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
@@ -101,12 +102,24 @@ def test_the_deadline_stops_the_job(connect):
     assert jobs.stopped == ["job-1"]
 
 
-def test_a_user_stops_the_job_and_a_restart_does_not(connect):
-    """Airflow calls on_kill for the one, and only cancels for the other."""
+@pytest.mark.parametrize(
+    ("states", "stopped"),
+    [({"label": "failed"}, True), ({"label": None}, True), ({}, True), ({"label": "deferred"}, False)],
+)
+def test_a_user_stops_the_job_and_a_restart_does_not(connect, monkeypatch, states, stopped):
+    """Airflow only cancels for the one, and calls on_kill for the other: and when another triggerer has taken over."""
     jobs = connect(Jobs(RUNNING, last=""))
+    task = ("nightly", -1, ["label"])
+
+    def get_task_states(*asked, run_ids):
+        assert (asked, run_ids) == (task, ["run"])
+        return {"run": states}
+
+    monkeypatch.setattr(RuntimeTaskInstance, "get_task_states", staticmethod(get_task_states))
 
     async def scenario():
         one = trigger()
+        one.task_instance = SimpleNamespace(dag_id="nightly", run_id="run", task_id="label", map_index=-1)
         waiting = asyncio.create_task(fired(one))
         await asyncio.sleep(0.05)
         waiting.cancel()
@@ -115,7 +128,7 @@ def test_a_user_stops_the_job_and_a_restart_does_not(connect):
         await one.on_kill()
 
     asyncio.run(scenario())
-    assert (jobs.stopped, jobs.opened) == (["job-1"], 0)
+    assert (jobs.stopped, jobs.opened) == (["job-1"] if stopped else [], 0)
 
 
 def test_one_that_takes_over_does_not_repeat_lines(connect, said):
