@@ -94,6 +94,11 @@ class Airflow:
         value = self.call("GET", path)["value"]
         return json.loads(value) if isinstance(value, str) else value
 
+    def links(self, dag_id: str, run_id: str, task_id: str) -> dict[str, str | None]:
+        """Return where the buttons on a task's page lead."""
+        path = f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}/links"
+        return dict(self.call("GET", path)["extra_links"])
+
     def log(self, dag_id: str, run_id: str, task_id: str, attempt: int = 1) -> str:
         """Return a task's log as text."""
         path = f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}/logs/{attempt}"

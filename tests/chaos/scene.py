@@ -83,10 +83,12 @@ class Scene:
         if self._airflow is None:
             home = self.cluster.folder / f"airflow-{time.monotonic_ns()}"
             environ = {
-                "AIRFLOW_CONN_RAYLM_DEFAULT": self.cluster.connection_uri(),
                 "AIRFLOW__RAYLM__INSTALLATION": INSTALLATION,
+                # So that another triggerer, where there is one, takes over sooner.
+                "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "15",
             }
             self._airflow = self.stack.enter_context(standalone(home, Path(__file__).parent / "dags", environ))
+            self._airflow.call("POST", "/connections", connection_id="raylm_default", **self.cluster.connection())
         return self._airflow
 
     def kill_airflow(self):

@@ -1,11 +1,12 @@
 """Users, workers, triggerers and clocks that interrupt a task: what happens to its job, its engine, and its rows."""
 
+import os
 import random
 import signal
 import subprocess
 import sys
-import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from pathlib import Path
 
 import psutil
 import pytest
@@ -36,10 +37,10 @@ def scene(cluster):
 class Work:
     """A task at work: its batch, its run, and its jobs."""
 
-    def __init__(self, scene, dag_id):
+    def __init__(self, scene, dag_id, rows=ROWS):
         self.scene, self.dag_id = scene, dag_id
         self.before = {job["submission_id"] for job in scene.inference_jobs()}
-        self.batch = scene.batch(scene.table(ROWS), **BATCH)
+        self.batch = scene.batch(scene.table(rows), **BATCH)
         self.run = scene.airflow.trigger(dag_id, {"engine": scene.engine, "batch": self.batch})
         scene.at_a_random_moment(self.batch)
         (self.job,) = self.jobs()
@@ -53,13 +54,28 @@ class Work:
         return self.scene.airflow.wait(self.dag_id, self.run, RUN_TIMEOUT_S)
 
     def rows(self):
-        return sorted(written(self.scene.cluster.folder / self.batch["output"]))
+        return sorted(written(Path(self.batch["output"])))
+
+    def log(self, attempt=1):
+        return self.scene.airflow.log(self.dag_id, self.run, "work", attempt)
+
+    def attempts(self):
+        return self._instance()["try_number"]
+
+    def triggerer(self):
+        """Return the id of the triggerer that has the task's trigger, or None."""
+        return (self._instance()["triggerer_job"] or {}).get("id")
+
+    def _instance(self):
+        (instance,) = self.scene.airflow.instances(self.dag_id, self.run)
+        return instance
 
 
 @pytest.mark.parametrize(
     ("dag_id", "wish"),
     [
         ("chaos_on_an_engine", "failed"),
+        ("chaos_on_an_engine", "success"),
         ("chaos_on_an_engine", "clear"),
         ("chaos_deferred", "failed"),
         ("chaos_deferred", "success"),
@@ -67,48 +83,120 @@ class Work:
     ],
 )
 def test_a_user_stops_the_job(scene, dag_id, wish):
-    """Marked or cleared, running or deferred; cleared, it is then done, with no row twice."""
+    """Marked or cleared, running or deferred; the engine gives up what it was asked. Cleared, it is done at once."""
     work = Work(scene, dag_id)
     if wish == "clear":
         scene.airflow.clear(dag_id, work.run, "work")
     else:
         scene.airflow.mark(dag_id, work.run, "work", wish)
     scene.until(lambda: work.jobs()[work.job] == "STOPPED", STOP_TIMEOUT_S)
+    if wish != "clear":
+        scene.until(scene.is_idle, STOP_TIMEOUT_S)
 
     assert work.wait() == ("success" if wish == "clear" else wish)
     rows = work.rows()
     assert len(rows) == len(set(rows))
     assert (len(rows) == ROWS) == (wish == "clear")
+    assert work.attempts() == (2 if wish == "clear" else 1)
+
+
+@pytest.mark.parametrize(
+    ("dag_id", "words"),
+    [("chaos_on_an_engine_in_time", "AirflowTaskTimeout"), ("chaos_deferred_in_time", "was not done in time")],
+)
+def test_execution_timeout_stops_the_job(scene, dag_id, words):
+    """Airflow does not look at it while a task is deferred; the trigger does."""
+    work = Work(scene, dag_id)
+
+    assert work.wait() == "failed"
+    scene.until(lambda: work.jobs()[work.job] == "STOPPED", STOP_TIMEOUT_S)
+    assert 0 < len(work.rows()) < ROWS
+    assert words in work.log()
 
 
 def test_a_triggerer_that_is_killed_is_replaced(scene):
-    """The job goes on, is never submitted again, and the next triggerer follows it."""
+    """The job goes on, is never submitted again, and the next triggerer follows it; links are there meanwhile."""
     work = Work(scene, "chaos_deferred")
-    for process in psutil.Process(scene.airflow.pid).children(recursive=True):
-        if "triggerer" in " ".join(process.cmdline()):
-            process.kill()
-    with another_triggerer(scene.airflow):
-        assert work.wait() == "success"
+    links = scene.airflow.links("chaos_deferred", work.run, "work")
+    for process in triggerer(scene):
+        process.kill()
+    start_triggerer(scene)
 
+    assert work.wait() == "success"
+    assert links["Ray job"].endswith(work.job)
+    assert links["Serve application"].endswith(scene.engine["application"])
+    assert links["Output"] == work.batch["output"]
     assert work.jobs() == {work.job: "SUCCEEDED"}
     assert len(work.rows()) == ROWS
-    log = scene.airflow.log("chaos_deferred", work.run, "work")
-    assert log.count(f"{ROWS} rows in = {ROWS} written") == 1
+    assert work.log().count(f"{ROWS} rows in = {ROWS} written") == 1
 
 
-@contextmanager
-def another_triggerer(airflow):
-    command = [sys.executable, "-m", "airflow", "triggerer"]
+def test_a_triggerer_that_stands_still_is_replaced(scene):
+    """Told by Airflow to cancel when it goes on, it leaves the job to the one that has taken over."""
+    rows = 2 * ROWS
+    work = Work(scene, "chaos_deferred", rows)
+    first = scene.until(work.triggerer, 10)
+    stood_still = triggerer(scene)
+    for process in stood_still:
+        process.suspend()
+    start_triggerer(scene)
+    scene.until(lambda: work.triggerer() != first, 90)
+    assert work.jobs() == {work.job: "RUNNING"}
+    for process in stood_still:
+        process.resume()
+
+    assert work.wait() == "success"
+    assert work.jobs() == {work.job: "SUCCEEDED"}
+    assert len(work.rows()) == rows
+    assert work.log().count(f"{rows} rows in = {rows} written") == 1
+
+
+def triggerer(scene):
+    """Return the processes of Airflow's triggerers."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        environ, words = process.info["environ"] or {}, " ".join(process.info["cmdline"] or ())
+        if "triggerer" in words and environ.get("AIRFLOW_HOME") == scene.airflow.environ["AIRFLOW_HOME"]:
+            found.append(process)
+    return found
+
+
+def start_triggerer(scene):
+    """Start one more, for as long as the scene lasts."""
+    command = [sys.executable, "-m", "airflow", "triggerer", "--skip-serve-logs"]
     process = subprocess.Popen(
-        command, env=airflow.environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        command, env=scene.airflow.environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        time.sleep(5)
-        local.end_session(process.pid)
-        process.wait()
+    scene.stack.callback(process.wait)
+    scene.stack.callback(local.end_session, process.pid)
+
+
+def test_a_result_that_nobody_took_is_taken_by_the_retry(scene):
+    """The job succeeds while the task's process hangs; the process is killed; nothing runs again."""
+    work = Work(scene, "chaos_on_an_engine")
+    process = int(Path(f"{work.batch['output']}.pid").read_text())
+    os.kill(process, signal.SIGSTOP)
+    scene.until(lambda: work.jobs()[work.job] == "SUCCEEDED", RUN_TIMEOUT_S)
+    os.kill(process, signal.SIGKILL)
+
+    assert work.wait() == "success"
+    assert work.jobs() == {work.job: "SUCCEEDED"}
+    report = scene.airflow.xcom("chaos_on_an_engine", work.run, "work")
+    assert (report["rows_written"], report["rows_already_done"]) == (ROWS, 0)
+    assert f"Ray job {work.job} has succeeded already" in work.log(attempt=2)
+
+
+@pytest.mark.parametrize("dag_id", ["chaos_redeploys", "chaos_partitions"])
+def test_a_deploy_that_is_marked_failed_leaves_no_engine(scene, dag_id):
+    """Running and deferred: its teardown does not run then."""
+    batch = {**scene.batch("unused"), "source": [str(scene.table(1))]}
+    run = scene.airflow.trigger(dag_id, {"engine": scene.spec("own"), "batch": batch})
+    scene.until(scene.engines, 120)
+    scene.airflow.mark(dag_id, run, "deploy", "failed")
+
+    assert scene.airflow.wait(dag_id, run, RUN_TIMEOUT_S) == "failed"
+    scene.until(lambda: not scene.engines(), 60)
+    assert scene.airflow.states(dag_id, run)["deploy"] == "failed"
 
 
 @pytest.mark.parametrize("fault", [task_process_killed, dagrun_timeout])

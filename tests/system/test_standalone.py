@@ -1,7 +1,6 @@
 """The whole thing: a real Airflow, a real Ray, a real engine, driven over REST as an operator would."""
 
 import time
-from urllib.parse import quote
 
 import pyarrow.dataset as ds
 import pytest
@@ -104,7 +103,7 @@ def test_the_task_log_is_for_people(quickstart, airflow):
 def test_links_lead_to_job_engine_and_output(quickstart, airflow, cluster):
     """As the task's page asks for them."""
     run, results = quickstart
-    links = airflow.call("GET", f"/dags/raylm_quickstart/dagRuns/{quote(run)}/taskInstances/label/links")["extra_links"]
+    links = airflow.links("raylm_quickstart", run, "label")
 
     assert links["Ray job"].startswith(f"{cluster.url}/#/jobs/raylm-infer-label-")
     assert links["Serve application"] == f"{cluster.url}/#/serve/applications/{results['label']['application']}"
@@ -146,8 +145,7 @@ def test_label_and_keywords_ran_side_by_side(quickstart, airflow):
 
 def test_the_connection_can_be_tested_over_rest(airflow, cluster):
     """As the form's button does."""
-    host, port = cluster.url.removeprefix("http://").split(":")
-    body = {"connection_id": "x", "conn_type": "raylm", "host": host, "port": int(port), "password": cluster.token}
+    body = {"connection_id": "x", **cluster.connection()}
     good = airflow.call("POST", "/connections/test", **body)
     bad = airflow.call("POST", "/connections/test", **{**body, "password": "wrong"})
 

@@ -26,11 +26,14 @@ def note_process(context):
     Path(f"{context['params']['batch']['output']}.pid").write_text(str(os.getpid()))
 
 
-for dag_id, deferrable in (("chaos_on_an_engine", False), ("chaos_deferred", True)):
+for dag_id, how in (
+    ("chaos_on_an_engine", {"deferrable": False}),
+    ("chaos_deferred", {"deferrable": True}),
+    ("chaos_on_an_engine_in_time", {"deferrable": False, "execution_timeout": timedelta(seconds=25), "retries": 0}),
+    ("chaos_deferred_in_time", {"deferrable": True, "execution_timeout": timedelta(seconds=25), "retries": 0}),
+):
     with DAG(dag_id, schedule=None, **KWARGS):
-        BatchInferenceOperator(
-            task_id="work", engine=ENGINE, batch=BATCH, on_execute_callback=note_process, deferrable=deferrable
-        )
+        BatchInferenceOperator(task_id="work", engine=ENGINE, batch=BATCH, on_execute_callback=note_process, **how)
 
 for dag_id, timeout, redeploy in (
     ("chaos_with_its_own", timedelta(seconds=80), None),
