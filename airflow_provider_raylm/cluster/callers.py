@@ -9,6 +9,7 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+# After an answer: the caller has done its work and is about to go, or it answers while it works.
 LOOK_PERIOD_S = 2.0
 
 

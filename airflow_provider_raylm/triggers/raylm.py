@@ -141,7 +141,7 @@ class RayJobTrigger(BaseTrigger):
         long that another one has taken its triggers over: the job is the other one's then.
         """
         if await _in_thread(self._is_deferred):
-            self.log.info("another triggerer follows Ray job %s by now", self.submission_id)
+            self.log.info("the task is still deferred: another triggerer follows Ray job %s", self.submission_id)
             return
         async with _client(self.raylm_conn_id) as jobs:
             await _in_thread(jobs.stop, self.submission_id)

@@ -208,6 +208,21 @@ def test_no_row_and_no_engine_is_lost(scene, fault):
     assert not scene.engines()
 
 
+def test_an_engine_that_somebody_else_deploys_is_waited_for(scene):
+    """Without a worker; it is used, and still there afterwards."""
+    rows = 10
+    batch = scene.batch(scene.table(rows))
+    run = scene.airflow.trigger("chaos_finds", {"batch": batch})
+    scene.until(lambda: scene.airflow.states("chaos_finds", run)["find"] == "deferred", 60)
+    late = scene.deploy("late")
+
+    assert scene.airflow.wait("chaos_finds", run, RUN_TIMEOUT_S) == "success"
+    assert scene.airflow.xcom("chaos_finds", run, "find")["application"] == late["application"]
+    assert len(written(Path(batch["output"]))) == rows
+    assert scene.engines() == {late["application"]}
+    scene.teardown(late)
+
+
 def test_a_task_that_is_cleared_when_its_engine_is_gone_says_so(scene):
     """In one sentence, at once; and that is for good until the deploy task is cleared, too."""
     engine = {**scene.engine, "application": "raylm-shared-0000000000"}

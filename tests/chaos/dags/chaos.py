@@ -10,6 +10,7 @@ from airflow_provider_raylm.operators.raylm import (
     DeployEngineOperator,
     TeardownEngineOperator,
 )
+from airflow_provider_raylm.sensors.raylm import EngineSensor
 
 KWARGS = {
     "params": {"engine": Param({}, type="object"), "batch": Param({}, type="object")},
@@ -34,6 +35,10 @@ for dag_id, how in (
 ):
     with DAG(dag_id, schedule=None, **KWARGS):
         BatchInferenceOperator(task_id="work", engine=ENGINE, batch=BATCH, on_execute_callback=note_process, **how)
+
+with DAG("chaos_finds", schedule=None, **KWARGS):
+    find = EngineSensor(task_id="find", engine="late", owner_dag_id="chaos", deferrable=True, poke_interval=2)
+    BatchInferenceOperator(task_id="work", engine=find.output, batch=BATCH)
 
 for dag_id, timeout, redeploy in (
     ("chaos_with_its_own", timedelta(seconds=80), None),
