@@ -24,7 +24,7 @@ with (
     @task.raylm(engine=engine.ref, batch={"prompt": "Sum up in one sentence: ${text}", "output_column": "summary"})
     def summary(params: dict[str, Any]) -> dict[str, Any]:
         """Return the fields that are known when the DAG runs."""
-        return {"source": f"{params['source']}/*.parquet", "output": "{{ params.output }}/summary"}
+        return {"source": f"{params['source']}/*.parquet", "output": f"{params['output']}/summary"}
 
     @task.raylm(engine=engine.ref)
     def language(summary: dict[str, Any], params: dict[str, Any]) -> BatchSpec:

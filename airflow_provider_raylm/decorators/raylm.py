@@ -20,8 +20,11 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
     """Answers the rows that a function's BatchSpec tells.
 
     Args:
-        python_callable: returns a BatchSpec or a dict with its fields; strings in it may be Jinja templates.
-        batch: fields of the BatchSpec that the function need not return; what it returns goes over them.
+        python_callable: returns a BatchSpec or a dict with its fields.
+        batch: fields of the BatchSpec that the function need not return; what it returns goes over them. Strings in it
+            may be Jinja templates.
+        render_returned: whether strings in what the function returns are Jinja templates, too. A template reads
+            connections and variables: only for a function that returns nothing of a run's conf, params or XComs.
         **kwargs: as BatchInferenceOperator's, and what TaskFlow gives the function.
     """
 
@@ -35,10 +38,16 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
     }
 
     def __init__(
-        self, *, python_callable: Callable[..., Any], batch: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        *,
+        python_callable: Callable[..., Any],
+        batch: Mapping[str, Any] | None = None,
+        render_returned: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(python_callable=python_callable, batch=None, **kwargs)
         self.batch = dict(batch or {})
+        self.render_returned = render_returned
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Call the function, then do as BatchInferenceOperator.
@@ -55,7 +64,8 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
             raise SpecError(
                 f"@task.raylm: {self.task_id} returned {type(returned).__name__}, not a BatchSpec or a dict"
             )
-        self.batch = self.render_template({**self.batch, **returned}, context)
+        # Airflow has rendered the fields of `batch`; rendered again, what a run's conf put there would be a template.
+        self.batch = {**self.batch, **(self.render_template(returned, context) if self.render_returned else returned)}
         result: dict[str, Any] = super().execute(context)
         return result
 

@@ -205,3 +205,22 @@ def test_a_function_can_make_the_spec(dagbag, monkeypatch):
     monkeypatch.setattr(dagbag.dags["raylm_taskflow"].task_dict["summary"], "python_callable", lambda: None)
     assert states(run(dagbag, "raylm_taskflow", fake))["summary"] == "failed"
     assert fake.engines == {}
+
+
+HOSTILE = "{{ conn.raylm_secret.password }}"
+
+
+@pytest.mark.parametrize("render_returned", [False, True])
+def test_what_a_runs_conf_holds_is_no_template(dagbag, monkeypatch, render_returned):
+    """Neither where Airflow has put it, nor in what a function returns, unless its author says so."""
+    monkeypatch.setenv("AIRFLOW_CONN_RAYLM_SECRET", "http://:hidden@h")
+    dag = dagbag.dags["raylm_taskflow"]
+    summary = dag.task_dict["summary"]
+    monkeypatch.setattr(summary, "batch", {**summary.batch, "prompt": "${text} {{ params.source }}"})
+    monkeypatch.setattr(summary, "render_returned", render_returned)
+    fake = FakeRayJobs()
+    with fake.installed():
+        assert dag.test(run_conf={"source": HOSTILE}).state == "success"
+
+    assert fake.batches["summary"].prompt == f"${{text}} {HOSTILE}"
+    assert fake.batches["summary"].sources == (f"{'hidden' if render_returned else HOSTILE}/*.parquet",)
