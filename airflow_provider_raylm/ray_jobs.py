@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import ssl
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,9 @@ from airflow_provider_raylm.wire import NAMESPACE_VARIABLE, REQUEST_VARIABLE
 
 # Linux refuses an environment string over 128 KiB (MAX_ARG_STRLEN).
 _MAX_REQUEST_BYTES = 120_000
+# RFC 9110, of the values only what is ASCII.
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HEADER_VALUE = re.compile(r"[\x20-\x7e\t]*")
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,9 @@ class RayJobsClient:
         python: the interpreter of the cluster's jobs.
         namespace: Ray namespace of the jobs; None for one of its own for each.
         timeout: seconds per request.
+
+    Raises:
+        SpecError: HTTP cannot carry the token or a header; the text names which, never its value.
     """
 
     def __init__(
@@ -124,7 +131,11 @@ class RayJobsClient:
         timeout: float = 30.0,
     ) -> None:
         self._url = dashboard_url.rstrip("/")
-        self._headers = {**(headers or {}), **({"Authorization": f"Bearer {token}"} if token else {})}
+        sent = {f"headers.{name}": (name, value) for name, value in (headers or {}).items()}
+        if token := (token or "").strip():
+            sent["token"] = ("Authorization", f"Bearer {token}")
+        self._headers = {name: _sendable(field, name, value) for field, (name, value) in sent.items()}
+        self._secrets = [secret for secret in {token, *self._headers.values()} if secret]
         self._verify = _ssl_context(verify)
         self._ship_package = ship_package
         self._python = python
@@ -151,7 +162,8 @@ class RayJobsClient:
             return str(response.json()["ray_version"])
         except (ValueError, KeyError):
             raise ClusterError(
-                f"{self._url} answers, but not as a Ray dashboard: {response.text[:200]!r}. Check host and port."
+                f"{self._url} answers, but not as a Ray dashboard: {self._without_secrets(response.text)[:200]!r}. "
+                "Check host and port."
             ) from None
 
     def submit(self, request: JobRequest) -> bool:
@@ -237,13 +249,15 @@ class RayJobsClient:
         except httpx.TransportError as error:
             if _is_certificate_error(error):
                 raise ClusterError(
-                    f"{self._url}: the certificate is not trusted ({error}). Name your CA's file in the "
-                    'connection\'s extra ("ca_cert"), or switch the check off there ("verify": false).'
-                ) from error
+                    f"{self._url}: the certificate is not trusted ({self._without_secrets(str(error))}). Name your "
+                    'CA\'s file in the connection\'s extra ("ca_cert"), or switch the check off there ("verify": '
+                    "false)."
+                ) from None
+            # Not `from error`: Airflow prints what an error was raised from, and a transport may quote a header.
             raise Unreachable(
-                f"{self._url} does not answer ({type(error).__name__}: {error}). Check the connection's host and "
-                "port, and that the Ray head is up and its dashboard listens on that address."
-            ) from error
+                f"{self._url} does not answer ({type(error).__name__}: {self._without_secrets(str(error))}). Check "
+                "the connection's host and port, and that the Ray head is up and its dashboard listens on that address."
+            ) from None
         if response.is_success or response.status_code in accept:
             return response
         raise self._refusal(response)
@@ -257,7 +271,28 @@ class RayJobsClient:
             )
         request = f"{response.request.method} {response.request.url.path}"
         kind = Unreachable if code >= 500 else ClusterError
-        return kind(f"{self._url} answers {code} to {request}: {_last_line(response.text)}")
+        return kind(f"{self._url} answers {code} to {request}: {_last_line(self._without_secrets(response.text))}")
+
+    def _without_secrets(self, text: str) -> str:
+        """Return somebody else's words without what only the dashboard may read: a proxy may send a request back."""
+        for secret in sorted(self._secrets, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text
+
+
+def _sendable(field: str, name: str, value: str) -> str:
+    """Return a header's value without the blanks around it.
+
+    Raises:
+        SpecError: HTTP cannot carry it. An HTTP client's own error would quote it.
+    """
+    value = value.strip()
+    if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+        raise SpecError(
+            f"{field}: it has a character that an HTTP header cannot carry, such as a line break or a letter beyond "
+            f"ASCII. {'Copy the token' if field == 'token' else 'Write it'} into the connection again."
+        )
+    return value
 
 
 def _ssl_context(verify: bool | str) -> ssl.SSLContext | bool:

@@ -5,6 +5,7 @@ import json
 import os
 import ssl
 import threading
+import traceback
 from contextlib import closing, contextmanager
 
 import pytest
@@ -61,6 +62,46 @@ def test_the_token_and_headers_are_sent():
 
     assert seen[0]["Authorization"] == "Bearer secret"
     assert seen[0]["X-Proxy"] == "a"
+
+
+def test_a_token_with_a_line_break_at_its_end():
+    """As `echo` leaves it: what is around a token is none of it."""
+    with dashboard() as (url, seen):
+        assert version(url, token="secret\n", headers={"X-Proxy": " a\r\n"}) == "2.60.0"
+
+    assert (seen[0]["Authorization"], seen[0]["X-Proxy"]) == ("Bearer secret", "a")
+
+
+@pytest.mark.parametrize("hidden", ["zq\nxj-7", "zq\rxj-7", "zqxj\u00e9-7", "zqxj\x00-7", "\u2028zqxj-7\u20ac"])
+@pytest.mark.parametrize("field", ["token", "headers.X-Key"])
+def test_a_secret_that_http_refuses_is_not_shown(monkeypatch, hidden, field):
+    """Neither in the message nor in what it was raised from, in whatever form."""
+    extra = {} if field == "token" else {"headers": {"X-Key": hidden}}
+    connection = {"conn_type": "raylm", "host": "127.0.0.1", "port": 9, "extra": extra}
+    connection |= {"password": hidden} if field == "token" else {}
+    monkeypatch.setenv("AIRFLOW_CONN_RAYLM_TEST", json.dumps(connection))
+    with pytest.raises(SpecError, match=rf"{field}: it has a character that an HTTP header cannot carry") as refused:
+        RayLMHook("raylm_test").get_conn()
+    ok, sentence = RayLMHook("raylm_test").test_connection()
+
+    assert not ok
+    shown = "".join(traceback.format_exception(refused.value)) + sentence
+    assert "zq" not in shown
+    assert "xj" not in shown
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_proxy_that_sends_the_request_back(status):
+    """Its page is quoted without the token."""
+    with dashboard(status, body="<pre>Authorization: Bearer secret-7\nX-Key: key-8</pre>") as (url, _):
+        with pytest.raises(ClusterError, match=r"\*\*\*") as refused:
+            version(url, token="secret-7", headers={"X-Key": "key-8"})
+    assert not any(secret in str(refused.value) for secret in ("secret-7", "key-8"))
+
+    with dashboard(200, body="Bearer secret-7 key-8") as (url, _):
+        with pytest.raises(ClusterError, match=r"\*\*\*") as refused:
+            version(url, token="secret-7", headers={"X-Key": "key-8"})
+    assert not any(secret in str(refused.value) for secret in ("secret-7", "key-8"))
 
 
 @pytest.mark.parametrize("status", [401, 403])
