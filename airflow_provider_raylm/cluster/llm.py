@@ -77,7 +77,7 @@ def llm_config(spec: EngineSpec) -> Any:
     """
     from ray.serve.llm import LLMConfig
 
-    on_a_path = {"callback_config": {"callback_class": f"{__package__}.server.NothingToDownload"}}
+    at_start = {"secret_env": dict(spec.secret_env), "download": not spec.model.startswith("/")}
     return LLMConfig(
         model_loading_config={
             "model_id": spec.served_model_name,
@@ -98,6 +98,6 @@ def llm_config(spec: EngineSpec) -> Any:
         # The replica's own CPUs are in the first of these bundles, too: resources.bundles says all.
         placement_group_config={"bundle_per_worker": {"GPU": spec.gpus}} if spec.gpus else {"bundles": [{"CPU": 0}]},
         deployment_config={"ray_actor_options": {"num_cpus": spec.cpus}},
-        **(on_a_path if spec.model.startswith("/") else {}),
+        callback_config={"callback_class": f"{__package__}.server.NodeStart", "callback_kwargs": at_start},
         log_engine_metrics=spec.log_engine_metrics,
     )

@@ -21,9 +21,11 @@ from uuid import uuid4
 
 from pydantic import ValidationError
 from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.constants import ENV_VARS_TO_PROPAGATE
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+from airflow_provider_raylm.cluster import secret_env
 from airflow_provider_raylm.cluster.callers import Callers
 from airflow_provider_raylm.cluster.llm import llm_config
 from airflow_provider_raylm.cluster.recovery import Gate
@@ -40,15 +42,25 @@ PING_TIMEOUT_S = 30.0
 _ERROR_LINE = re.compile(r"\b(\w*(?:Error|Exception): .+)")
 
 
-class NothingToDownload(CallbackBase):
-    """For a model that lies on a path of the cluster.
+class NodeStart(CallbackBase):
+    """What Ray does on the engine's nodes before the engine starts: download the model, and load its configuration.
 
-    Ray would start a process on every node of the engine that imports vLLM to find that there is nothing to download.
+    Takes two keyword arguments: ``secret_env``, the EngineSpec's, and ``download``, False for a model that lies on a
+    path of the cluster. Ray would start a process on every node, which imports vLLM, to find that there is nothing to
+    download.
     """
 
     async def on_before_node_init(self) -> None:
-        """Leave that step out."""
-        self.ctx.run_init_node = False
+        """Let Ray's helpers read the secrets themselves, and leave out a download of nothing."""
+        self.ctx.run_init_node = self.kwargs["download"]
+        # Ray copies the values of HF_TOKEN and its like into the helpers' runtime_env, which its state API shows.
+        shown = {
+            name: value
+            for name, value in (self.ctx.runtime_env or {}).get("env_vars", {}).items()
+            if name not in ENV_VARS_TO_PROPAGATE
+        }
+        env_vars = {**shown, **secret_env.loaded_by_workers(self.kwargs["secret_env"])}
+        self.ctx.runtime_env = {**(self.ctx.runtime_env or {}), "env_vars": env_vars}
 
 
 class BlockLLMServer(LLMServer):
@@ -65,7 +77,7 @@ class BlockLLMServer(LLMServer):
         """
         engine = EngineSpec.model_validate(spec)
         # vLLM's processes inherit it; Ray would show an environment of its own to whoever looks at the replica.
-        os.environ.update({name: _secret(path) for name, path in engine.secret_env.items()})
+        secret_env.load(engine.secret_env)
         log_starts = _log_sizes()
         self._gate = Gate()
         self._callers = Callers()
@@ -299,13 +311,6 @@ def _refusal_of(error: Any) -> Refusal:
         # As an error of this package: the caller has no vllm to unpickle vLLM's own.
         raise EngineError(f"the engine answered {error.code} {error.type}: {error.message}")
     return Refusal("prompt_too_long" if _TOO_LONG.search(error.message) else "invalid_request", error.message)
-
-
-def _secret(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EngineError(f"secret_env: cannot read {path} on this node: {error}") from None
 
 
 def _reason(error: BaseException) -> str:

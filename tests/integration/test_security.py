@@ -13,9 +13,11 @@ from ray.serve.generated.serve_pb2 import ASGIRequest
 from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 
 from airflow_provider_raylm import local
-from airflow_provider_raylm.errors import ClusterError
+from airflow_provider_raylm.errors import ClusterError, EngineError
 from airflow_provider_raylm.ray_jobs import RayJobsClient
 from tests.clusters import Cluster
+from tests.conftest import REPOSITORY
+from tests.integration.conftest import LABELS, SECRET_NAMES
 
 NOBODY = {"delete": [], "max_age": None, "installation": "nobody"}
 
@@ -29,21 +31,35 @@ def environments(pids, words):
                 yield process.environ()
 
 
-def test_secrets_are_where_they_belong_and_nowhere_else(cluster, engine, secret):
-    """In vLLM's processes; not in what Ray shows of jobs and deployments, and in no log."""
+def test_secrets_are_where_they_belong_and_nowhere_else(cluster, engine, engine_spec, secret):
+    """In vLLM's processes and what Ray starts for them; not in what Ray shows of anything, and in no log."""
     value = secret.read_text().strip()
+    # Not on a path: Ray starts helpers on the nodes, to download it.
+    hub = {**engine_spec, "name": "hub", "model": "nobody/nothing"}
+    with pytest.raises(EngineError, match="did not start"):
+        cluster.run("deploy", {"engine": hub, "labels": {**LABELS, "engine": "hub"}, "replace": False})
     pids = local.session(cluster.leader)
     headers = {"Authorization": f"Bearer {cluster.token}"}
-    shown = [
-        httpx.get(f"{cluster.url}{path}", headers=headers, timeout=60).raise_for_status().text
-        for path in ("/api/jobs/", "/api/serve/applications/", "/api/v0/actors?detail=1", "/api/v0/workers?detail=1")
-    ]
+    parts = ("actors", "jobs", "nodes", "placement_groups", "runtime_envs", "tasks", "workers")
+    paths = ["/api/jobs/", "/api/serve/applications/", *(f"/api/v0/{part}?detail=1&limit=10000" for part in parts)]
+    shown = {
+        path: httpx.get(f"{cluster.url}{path}", headers=headers, timeout=60).raise_for_status().text for path in paths
+    }
     logs = [path.read_text(errors="replace") for path in cluster.logs.rglob("*") if path.is_file()]
 
-    assert [env["RAYLM_TEST_SECRET"] for env in environments(pids, "VLLM::EngineCore")] == [value]
-    assert engine["application"] in shown[1]
-    assert not any(value in text for text in shown + logs)
-    assert not any(cluster.token in text for text in shown + logs)
+    (at_work,) = environments(pids, "VLLM::EngineCore")
+    assert {name: at_work.get(name) for name in SECRET_NAMES} == dict.fromkeys(SECRET_NAMES, value)
+    assert engine["application"] in shown["/api/serve/applications/"]
+    assert "initialize_remote_node" in shown["/api/v0/tasks?detail=1&limit=10000"]
+    assert [path for path, text in shown.items() if value in text or cluster.token in text] == []
+    assert not any(value in text or cluster.token in text for text in logs)
+
+
+def test_helpers_of_the_engine_read_the_secrets_themselves(cluster, secret):
+    """Before anything else runs in them, with nothing but a file's name in their runtime_env."""
+    script = REPOSITORY / "tests" / "integration" / "read_secret.py"
+
+    assert f"found {secret.read_text().strip()[::-1]}" in cluster.run_script(script, secret)
 
 
 def test_an_engine_opens_no_port_of_its_own(cluster, engine):
