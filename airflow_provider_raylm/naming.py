@@ -34,8 +34,16 @@ def application_name(labels: Labels) -> str:
 
 
 def fingerprint(spec: EngineSpec | BatchSpec) -> str:
-    """Return 12 hex digits that change when *spec* asks for something else, not when it only waits longer."""
-    return _digest(spec.model_dump(mode="json", exclude=set(spec.not_identity)))[:12]
+    """Return 12 hex digits that change when *spec* asks for something else, not when it only waits longer.
+
+    Only what differs from the defaults counts, so that a field that a later version adds changes nothing.
+    """
+    return _digest(spec.model_dump(mode="json", exclude=set(spec.not_identity), exclude_defaults=True))[:12]
+
+
+def answers_fingerprint(spec: EngineSpec) -> str:
+    """Return 12 hex digits that change when the engine may answer something else."""
+    return _digest(spec.answers_from)[:12]
 
 
 def submission_id(verb: str, task: tuple[str, str, str, int], content: object, attempt: int) -> str:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
+from airflow_provider_raylm import __version__
 from airflow_provider_raylm.errors import EngineError, RayLMError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
-from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT, application_name, fingerprint
+from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT, answers_fingerprint, application_name, fingerprint
 from airflow_provider_raylm.polling import FAILED, STOPPED, SUCCEEDED, TERMINAL, JobInfo
 from airflow_provider_raylm.ray_jobs import JobRequest
 from airflow_provider_raylm.specs import (
@@ -225,6 +226,8 @@ def _reference(application: str, engine: _Engine) -> EngineRef:
         deployment=ENGINE_DEPLOYMENT,
         model=engine.spec.served_model_name,
         fingerprint=fingerprint(engine.spec),
+        answers=answers_fingerprint(engine.spec),
+        version=__version__,
         labels=engine.labels,
         lease=engine.spec.lease,
         replicas=engine.spec.max_replicas,

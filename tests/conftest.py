@@ -47,7 +47,16 @@ def dagbag(airflow_db):
 
 
 @pytest.fixture(scope="session")
-def cluster():
+def s3():
+    """An S3 server, which the cluster's processes reach."""
+    from tests.s3 import reached, s3_server
+
+    with s3_server() as server, reached(server):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(s3):
     """A Ray cluster that asks for a token; all tests share it."""
     from tests.clusters import ray_cluster
 

@@ -35,7 +35,7 @@ def _deploy(payload: dict[str, Any]) -> Value:
 
 
 def _infer(payload: dict[str, Any]) -> Value:
-    from airflow_provider_raylm.cluster import pipeline
+    from airflow_provider_raylm.cluster.batch import pipeline
 
     spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
     redeploy = build(EngineSpec, payload["redeploy"]) if "redeploy" in payload else None

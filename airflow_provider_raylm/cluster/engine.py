@@ -20,13 +20,16 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
 from ray.util import placement_group_table
 
+from airflow_provider_raylm import __version__
 from airflow_provider_raylm.cluster.llm import SHUTDOWN_LOOK_S, llm_deployment
+from airflow_provider_raylm.cluster.locks import held
 from airflow_provider_raylm.cluster.resources import Bundle, bundles, shortage, show, total
 from airflow_provider_raylm.errors import EngineError, RayLMError
 from airflow_provider_raylm.naming import (
     APPLICATION_PREFIX,
     ENGINE_DEPLOYMENT,
     LEASE_DEPLOYMENT,
+    answers_fingerprint,
     application_name,
     fingerprint,
 )
@@ -48,7 +51,6 @@ SAY_PERIOD_S = 30.0
 LEASE_CALL_TIMEOUT_S = 20.0
 DELETE_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 2 * DELETE_TIMEOUT_S
-NAMESPACE = "raylm"
 # Begins what Ray Data adds to the text of whatever its stages raise: how to have it retry.
 _RAY_DATAS_ADVICE = "\nFailed to apply UDF transform"
 # No teardown may follow a redeployed engine; the tasks of a run that need it begin within minutes of each other.
@@ -107,10 +109,6 @@ def redeploy(spec: EngineSpec, ref: EngineRef, say: Say) -> None:
     deploy(spec.model_copy(update={"lease": lease}), ref.labels, replace=False, say=say, owned=False)
 
 
-class _Turn:
-    """An actor whose name only one job has; it ends with the job."""
-
-
 @contextmanager
 def _turn(name: str) -> Iterator[None]:
     """Be the only job that makes this application: whoever comes second finds it there.
@@ -118,21 +116,13 @@ def _turn(name: str) -> Iterator[None]:
     Raises:
         EngineError: another job has been at it for ten minutes.
     """
-    end = time.monotonic() + TURN_TIMEOUT_S
-    while True:
-        try:
-            turn = ray.remote(_Turn).options(name=f"deploys-{name}", namespace=NAMESPACE, num_cpus=0).remote()
-            break
-        except ValueError:
-            if time.monotonic() >= end:
-                raise EngineError(
-                    f"Another job has been deploying {name} for {TURN_TIMEOUT_S:.0f} s. Stop it, and retry."
-                ) from None
-            time.sleep(POLL_PERIOD_S)
-    try:
+
+    def on_wait(seconds: float) -> None:
+        if seconds >= TURN_TIMEOUT_S:
+            raise EngineError(f"Another job has been deploying {name} for {TURN_TIMEOUT_S:.0f} s. Stop it, and retry.")
+
+    with held(f"deploys-{name}", on_wait):
         yield
-    finally:
-        ray.kill(turn)
 
 
 @contextmanager
@@ -152,6 +142,8 @@ def _reference(name: str, spec: EngineSpec, labels: Labels, mark: str) -> Engine
         deployment=ENGINE_DEPLOYMENT,
         model=spec.served_model_name,
         fingerprint=mark,
+        answers=answers_fingerprint(spec),
+        version=__version__,
         labels=labels,
         lease=spec.lease,
         replicas=spec.max_replicas,

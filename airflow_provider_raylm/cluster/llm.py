@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from ray import serve
 
+from airflow_provider_raylm.cluster.batch.window import LEAST_BLOCKS_IN_FLIGHT
 from airflow_provider_raylm.cluster.resources import bundles
-from airflow_provider_raylm.cluster.window import LEAST_BLOCKS_IN_FLIGHT
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT
 from airflow_provider_raylm.specs import EngineSpec

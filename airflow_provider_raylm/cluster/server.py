@@ -25,13 +25,14 @@ from ray.llm._internal.serve.constants import ENV_VARS_TO_PROPAGATE
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+from airflow_provider_raylm import __version__
 from airflow_provider_raylm.cluster import secret_env
+from airflow_provider_raylm.cluster.batch.rows import Answer, Content, Refusal
 from airflow_provider_raylm.cluster.callers import Callers
+from airflow_provider_raylm.cluster.gate import Gate
 from airflow_provider_raylm.cluster.llm import llm_config
-from airflow_provider_raylm.cluster.recovery import Gate
-from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal
 from airflow_provider_raylm.cluster.texts import Texts
-from airflow_provider_raylm.errors import EngineError
+from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import EngineSpec
 
 # The only codes that speak of one row: bad request, too large, unprocessable. Any other is the engine's trouble.
@@ -91,9 +92,13 @@ class BlockLLMServer(LLMServer):
             raise EngineError(reason) from None
         self._texts = Texts.of(self.engine._oai_serving_completion.renderer.tokenizer)
 
-    async def capacity(self) -> int:
-        """Return how many requests this replica's engine works on at a time, at most (vLLM's ``max_num_seqs``)."""
-        return int(self.engine._engine_client.vllm_config.scheduler_config.max_num_seqs)
+    async def about(self) -> dict[str, Any]:
+        """Return the version of this package, and how many requests the engine works on at a time at most.
+
+        The latter is vLLM's ``max_num_seqs``, of this replica.
+        """
+        scheduler = self.engine._engine_client.vllm_config.scheduler_config
+        return {"version": __version__, "capacity": int(scheduler.max_num_seqs)}
 
     async def ping(self) -> None:
         """Return when the engine's scheduler has answered; vLLM's own health check only sees a process that is gone.
@@ -127,6 +132,7 @@ class BlockLLMServer(LLMServer):
 
         Raises:
             EngineError: the engine failed in a way that is not one row's fault.
+            BatchError: it refuses what the requests share.
         """
         with self._callers.waiting(caller):
             async with self._gate.passed(alone=False):
@@ -150,7 +156,12 @@ class BlockLLMServer(LLMServer):
         try:
             question = self._question(json.loads(fields), chat=not isinstance(contents[0], str))
         except Exception as error:
-            return [self._refusal(error)] * len(contents)
+            # All rows share it: asked a million times, it would be refused a million times.
+            refusal = self._refusal(error)
+            raise BatchError(
+                f"The engine refuses what the spec asks of every row: {refusal.message} Nothing was asked; correct the "
+                "spec and retry."
+            ) from None
         rendered: list[Any] | None = None
         if question.encode is not None:
             # If one cannot be tokenised, or rendered, none is: one by one, it is that row's fault alone.
@@ -196,6 +207,7 @@ class BlockLLMServer(LLMServer):
             serving = self.engine._oai_serving_completion
             request = CompletionRequest(prompt=".", **fields)
             render = serving.render_completion_request
+        self._require_room(request)
         limits = [limit for limit in (request.max_tokens, serving.override_max_tokens) if limit is not None]
         sampling = request.to_sampling_params(min(limits), serving.default_sampling_params)
         encode = decode = None
@@ -216,6 +228,19 @@ class BlockLLMServer(LLMServer):
             render=render,
             sampling=sampling,
         )
+
+    def _require_room(self, request: Any) -> None:
+        """Refuse more new tokens than fit beside any prompt.
+
+        Raises:
+            ValueError: they do not.
+        """
+        context = self.engine._engine_client.vllm_config.model_config.max_model_len
+        if request.max_tokens is not None and request.max_tokens >= context:
+            raise ValueError(
+                f"max_tokens is {request.max_tokens}, but prompt and answer together have room for {context} tokens "
+                "(max_model_len)."
+            )
 
     async def _answer(self, question: _Question, request_id: str, content: Content) -> Answer | Refusal:
         request = question.request.model_copy(update={question.field: content, "request_id": request_id})

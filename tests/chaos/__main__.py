@@ -21,6 +21,7 @@ from tests.chaos import airflow_faults, cluster_faults  # noqa: F401 - they regi
 from tests.chaos.faults import FAULTS
 from tests.chaos.scene import Accounts, Scene
 from tests.clusters import ray_cluster
+from tests.s3 import reached, s3_server
 
 REPOSITORY = Path(__file__).parents[2]
 OUT = REPOSITORY / "build" / "chaos"
@@ -31,8 +32,9 @@ NOTHING = ("rows_lost", "rows_duplicated", "engines_left", "processes_left")
 
 def run(wanted, repeats, seed):
     """Yield (fault, the accounts of its repeats) as they come; the accounts of one that went wrong are None."""
-    with ray_cluster() as cluster, ExitStack() as stack:
-        scene = Scene(cluster, random.Random(seed), stack)
+    # First the storage: the cluster's processes find it by their environment.
+    with s3_server() as s3, reached(s3), ray_cluster() as cluster, ExitStack() as stack:
+        scene = Scene(cluster, random.Random(seed), stack, s3=s3)
         scene.engine = scene.deploy("shared")
         for name in wanted:
             every = []

@@ -90,9 +90,45 @@ def job_killed_twenty_times(scene):
     return _killed(scene, 20, harm, within=0.3, block_rows=16, in_flight_rows=128)
 
 
-def _killed(scene: Scene, kills: int, harm: Callable[[], None], within: float, **fields: int) -> Accounts:
+@fault
+def driver_killed_on_s3(scene):
+    """With source and output on an object store."""
+    return _killed(scene, 1, lambda: kill(scene.driver()), within=1, on_s3=True)
+
+
+@fault
+def job_killed_twenty_times_on_s3(scene):
+    def harm():
+        for process in [scene.driver(), scene.process("AnswerAndWrite")]:
+            kill(process)
+
+    return _killed(scene, 20, harm, within=0.3, on_s3=True, block_rows=16, in_flight_rows=128)
+
+
+@fault
+def s3_overloaded(scene):
+    """It answers 503 SlowDown for a while, longer than its client tries again."""
+    batch = scene.batch(scene.table_on_s3(ROWS))
+    with scene.accounted(batch, ROWS) as accounts:
+        job = scene.start(batch)
+        scene.at_a_random_moment(batch)
+        scene.s3.overloaded = True
+        try:
+            with pytest.raises(RayLMError, match="cannot write s3://"):
+                scene.finish(job)
+        finally:
+            scene.s3.overloaded = False
+        again = time.monotonic()
+        scene.retry(batch)
+        accounts.recovery_s = time.monotonic() - again
+    return accounts
+
+
+def _killed(
+    scene: Scene, kills: int, harm: Callable[[], None], within: float, on_s3: bool = False, **fields: int
+) -> Accounts:
     rows = 10_000
-    batch = scene.batch(scene.table(rows), **fields)
+    batch = scene.batch(scene.table_on_s3(rows) if on_s3 else scene.table(rows), **fields)
     with scene.accounted(batch, rows) as accounts:
         for _ in range(kills):
             job = scene.start(batch)

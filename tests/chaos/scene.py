@@ -1,5 +1,6 @@
 """Where faults happen: a cluster, an engine that writes down what it is asked, tasks on it, and the accounts after."""
 
+import io
 import json
 import os
 import random
@@ -9,18 +10,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fsspec
 import httpx
 import psutil
-import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from airflow_provider_raylm import local
-from airflow_provider_raylm.cluster.window import window
+from airflow_provider_raylm.cluster.batch.window import window
 from airflow_provider_raylm.errors import RayLMError
 from airflow_provider_raylm.naming import application_name
 from airflow_provider_raylm.specs import Labels
 from tests.chaos.witness import WITNESS
 from tests.clusters import Cluster
 from tests.offline import ENGINE_KWARGS
+from tests.s3 import BUCKET, Server
 from tests.standalone import Airflow, standalone
 from tests.tiny_model import make_tiny_model
 
@@ -58,6 +61,7 @@ class Scene:
     stack: ExitStack
     engine_kwargs: dict = field(default_factory=lambda: WITNESSED)
     engine: dict = field(default_factory=dict)
+    s3: Server | None = None
     _airflow: Airflow | None = None
 
     def __post_init__(self):
@@ -121,6 +125,13 @@ class Scene:
         (folder / "0.jsonl").write_text("\n".join(lines))
         return folder
 
+    def table_on_s3(self, rows):
+        """Do as ``table`` on the S3 server."""
+        folder = f"s3://{BUCKET}/in-{time.monotonic_ns()}"
+        lines = (json.dumps({"n": i, "text": f"row {i}"}) for i in range(rows))
+        fsspec.filesystem("s3").pipe_file(f"{folder}/0.jsonl", "\n".join(lines).encode())
+        return folder
+
     def batch(self, source, **fields):
         """Return a task over *source* with an output of its own."""
         output = f"{source}-out"
@@ -164,8 +175,8 @@ class Scene:
         accounts = Accounts(rows_expected=rows)
         asked = self.asked()
         yield accounts
-        ids = written(Path(batch["output"]))
-        failed = written(Path(batch["output"]) / "_quarantine")
+        ids = written(batch["output"])
+        failed = written(f"{batch['output']}/_quarantine")
         accounts.rows_written = len(ids)
         accounts.rows_quarantined = len(failed)
         accounts.rows_duplicated = len(ids) + len(failed) - len({*ids, *failed})
@@ -266,14 +277,23 @@ def at_most_redone(batch):
 
 
 def parts(batch):
-    return list(Path(batch["output"]).glob("part-*"))
+    """Return the paths of the parts that a task has written, on any storage."""
+    return _parts(batch["output"])
+
+
+def _parts(folder):
+    fs, path = fsspec.url_to_fs(folder)
+    fs.invalidate_cache()
+    return [name for name in fs.find(path, maxdepth=1) if name.rpartition("/")[2].startswith("part-")]
 
 
 def written(folder):
     """Return the ids of the rows in a folder of part files."""
-    if not list(folder.glob("part-*")):
-        return []
-    return ds.dataset(sorted(map(str, folder.glob("part-*")))).to_table(columns=["raylm_row_id"])[0].to_pylist()
+    fs, _ = fsspec.url_to_fs(str(folder))
+    ids = []
+    for path in _parts(str(folder)):
+        ids += pq.read_table(io.BytesIO(fs.cat_file(path)), columns=["raylm_row_id"])[0].to_pylist()
+    return ids
 
 
 def kill(process):

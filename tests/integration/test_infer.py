@@ -1,17 +1,21 @@
 """Inference through the shared engine: the right answer on every row, and every row accounted for."""
 
+import io
 import json
 import time
 
+import fsspec
 import psutil
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from airflow_provider_raylm import __version__
 from airflow_provider_raylm.errors import BatchError, EngineError
 from tests.conftest import REPOSITORY
 from tests.integration.conftest import CHATS, MAX_TOKENS, ROWS
+from tests.s3 import BUCKET
 
 GREEDY = {"temperature": 0, "max_tokens": MAX_TOKENS}
 
@@ -142,14 +146,23 @@ def test_a_prompt_that_cannot_be_tokenised_is_one_rows_fault(cluster, engine, of
     assert bad["reason"] == "invalid_request"
 
 
-def test_a_refused_parameter_breaks_the_budget(infer, source, tmp_path):
-    """The error has the commonest reason; a retry that is allowed more goes on from there."""
-    with pytest.raises(BatchError, match=r"320 of 320 rows failed, the error budget allows 16.*invalid_request"):
-        infer(source=source, extra_body={"logprobs": 10_000})
+def test_a_budget_that_cannot_be_met_ends_the_task(infer, source, tmp_path):
+    """The error has the commonest reason; what was asked by then is in the quarantine."""
+    with pytest.raises(BatchError, match=r"of 320 rows have failed already, .* allows 16.*not asked.*invalid_request"):
+        infer(source=source, extra_body={"logprobs": 10_000}, block_rows=20, in_flight_rows=20)
 
     rows = read(tmp_path / "out" / "_quarantine")
-    assert len(rows) == ROWS
+    assert 16 < len(rows) < ROWS
     assert "logprobs" in rows[0]["raylm_message"].lower()
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 512}, {"extra_body": {"response_format": {"type": "no such"}}}])
+def test_what_all_rows_share_is_refused_once(infer, source, tmp_path, fields):
+    """One error for the task, with the engine's own words; no row pays for it, whatever the budget."""
+    with pytest.raises(BatchError, match="The engine refuses what the spec asks of every row"):
+        infer(source=source, error_budget=1, **fields)
+
+    assert not list((tmp_path / "out").rglob("part-*"))
 
 
 def test_a_missing_column_fails_before_any_inference(infer, source, tmp_path):
@@ -200,24 +213,60 @@ def test_a_second_run_redoes_only_what_is_missing(infer, source, texts, offline,
     assert [row["response"] for row in read(tmp_path / "out")] == offline["prompts"]
 
 
-def test_a_stage_that_dies_is_gone_on_with_by_a_retry(cluster, engine, infer, tmp_path):
-    """What it wrote is not asked again; every row is there once."""
+@pytest.mark.parametrize("storage", ["local", "s3"])
+def test_a_stage_that_dies_is_gone_on_with_by_a_retry(cluster, engine, infer, tmp_path, storage):
+    """What it wrote is not asked again; every row is there once, on an object store, too."""
     rows = 6_000
-    (tmp_path / "in.txt").write_text("".join(f"line {i}\n" for i in range(rows)))
-    task = {"source": str(tmp_path / "in.txt"), "max_tokens": 4, "block_rows": 50}
-    batch = {"prompt": "Say: ${text}", "temperature": 0, "output": str(tmp_path / "out"), **task}
-    job = cluster.start("infer", {"engine": engine, "batch": batch})
-    assert wait_for(lambda: list((tmp_path / "out").glob("part-*")), 120)
+    root = str(tmp_path) if storage == "local" else f"s3://{BUCKET}/{tmp_path.name}"
+    fs, path = fsspec.url_to_fs(root)
+    fs.pipe_file(f"{path}/in.txt", "".join(f"line {i}\n" for i in range(rows)).encode())
+    task = {"source": f"{root}/in.txt", "output": f"{root}/out", "max_tokens": 4, "block_rows": 50}
+
+    def parts():
+        fs.invalidate_cache()
+        return [name for name in fs.find(f"{path}/out") if "/part-" in name]
+
+    job = cluster.start("infer", {"engine": engine, "batch": {"prompt": "Say: ${text}", "temperature": 0, **task}})
+    assert wait_for(parts, 120)
     (stage,) = [process for process in psutil.process_iter(["cmdline"]) if is_stage(process)]
     stage.kill()
 
     with pytest.raises(EngineError, match="Retry the task"):
         cluster.finish(job)
-    written = sum(pq.read_metadata(part).num_rows for part in (tmp_path / "out").glob("part-*"))
+    written = len(parts()) * 50
     report = infer(**task)
+    tables = [pq.read_table(io.BytesIO(fs.cat_file(name))) for name in parts()]
     assert 0 < written < rows
     assert (report["rows_already_done"], report["rows_written"]) == (written, rows - written)
-    assert [row["text"] for row in read(tmp_path / "out")] == [f"line {i}" for i in range(rows)]
+    assert sorted(pa.concat_tables(tables)["text"].to_pylist()) == sorted(f"line {i}" for i in range(rows))
+    assert len(tables) == rows // 50
+
+
+def test_two_attempts_write_one_after_the_other(cluster, engine, source, tmp_path):
+    """However they spell the place: the second finds what the first has done."""
+    jobs = []
+    for output in (f"{tmp_path}/out", f"file://{tmp_path}/./out/"):
+        batch = {"source": source, "prompt": "Say: ${text}", "output": output, **GREEDY}
+        jobs.append(cluster.start("infer", {"engine": engine, "batch": batch}))
+    ended = [cluster.finish(job) for job in jobs]
+
+    assert sorted(report["rows_written"] for report, _ in ended) == [0, ROWS]
+    assert sum("another attempt is writing" in line for _, said in ended for line in said) == 1
+    assert sum("is complete already" in line for _, said in ended for line in said) == 1
+
+
+def test_an_engine_of_another_version_is_refused_at_once(cluster, engine, source, tmp_path):
+    """Naming both versions; it is no sick engine, which would be waited for."""
+    cluster.run_script(REPOSITORY / "tests" / "integration" / "old_engine.py", "raylm-old")
+    old = {**engine, "application": "raylm-old", "deployment": "engine", "fingerprint": "old"}
+    started = time.monotonic()
+    try:
+        batch = {"source": source, "prompt": "Say: ${text}", "output": str(tmp_path / "out")}
+        with pytest.raises(EngineError, match=rf"deployed by another version.*this task runs {__version__}"):
+            cluster.run("infer", {"engine": old, "batch": batch})
+        assert time.monotonic() - started < 60
+    finally:
+        cluster.run("teardown", {"application": "raylm-old"})
 
 
 def is_stage(process):

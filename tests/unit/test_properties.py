@@ -1,19 +1,20 @@
 """What must hold for any text: data is never evaluated, and no name leads out of its place."""
 
+import json
 import re
 
-import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_raylm.cluster.rows import RowError, compile_step, compile_template
-from airflow_provider_raylm.cluster.sinks import Folder
-from airflow_provider_raylm.cluster.source import ROW_ID
+from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
+from airflow_provider_raylm.cluster.batch.rows import RowError, compile_step, compile_template
 from airflow_provider_raylm.errors import BatchError, RayLMError
 from airflow_provider_raylm.naming import application_name, submission_id
-from airflow_provider_raylm.specs import BatchReport, Labels, Step
+from airflow_provider_raylm.specs import BatchReport, BatchSpec, Labels, Step
 from airflow_provider_raylm.wire import SAID, error_line, outcome, result_line, said_line
+from tests.scripted import attempt
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 # Text that looks like what a template engine, a shell or this package's own log would act on.
@@ -80,18 +81,22 @@ def test_owners_do_not_share_a_name(one, two):
     assert len(names) == len({one, two})
 
 
-@settings(max_examples=40)
-@example(ids=["a\nb"], others=["a", "b"])
-@given(ids=st.lists(ANY, min_size=1, max_size=3), others=st.lists(ANY, min_size=1, max_size=3))
-def test_ids_stay_in_their_folder_and_apart(tmp_path_factory, ids, others):
-    """An author's id column may hold anything; blocks of different ids are different files."""
-    base = tmp_path_factory.mktemp("out")
-    folder = Folder(str(base / "answers"), "jsonl")
-    for block in (ids, others):
-        folder.write(pa.table({ROW_ID: pa.array(block, pa.string())}))
+@settings(max_examples=50, deadline=None)
+@given(ids=st.lists(TEXT, min_size=1, max_size=5, unique=True), format=st.sampled_from(["parquet", "jsonl"]))
+def test_ids_arrive_as_they_are_and_name_no_file(tmp_path_factory, ids, format):
+    """An author's id column may hold anything."""
+    base = tmp_path_factory.mktemp("ids")
+    (base / "in.jsonl").write_text("".join(json.dumps({"text": "x", "key": one}) + "\n" for one in ids))
+    output = base / "out"
+    fields = {"source": str(base / "in.jsonl"), "output": str(output), "prompt": "${text}", "id_column": "key"}
+    attempt(BatchSpec.model_validate({**fields, "output_format": format}))
 
-    assert [path.name for path in base.iterdir()] == ["answers"]
-    assert len(folder.parts()) == len({tuple(ids), tuple(others)})
+    assert sorted(path.name for path in base.iterdir()) == ["in.jsonl", "out"]
+    part = output / f"part-00000-000000000-{len(ids)}.{format}"
+    rows = (
+        pq.read_table(part).to_pylist() if format == "parquet" else map(json.loads, part.read_bytes().split(b"\n")[:-1])
+    )
+    assert [row[ROW_ID] for row in rows] == ids
 
 
 @given(line=ANY)

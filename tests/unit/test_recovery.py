@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from airflow_provider_raylm.cluster.recovery import FAILURES_IN_A_ROW, EngineFailure, Gate, Recovery
-from airflow_provider_raylm.cluster.rows import Answer, Refusal
+from airflow_provider_raylm.cluster.batch.recovery import FAILURES_IN_A_ROW, EngineFailure, Recovery
+from airflow_provider_raylm.cluster.batch.rows import Answer, Refusal
+from airflow_provider_raylm.cluster.gate import Gate
 from airflow_provider_raylm.errors import EngineError
 
 

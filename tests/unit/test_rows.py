@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from airflow_provider_raylm.cluster.rows import (
+from airflow_provider_raylm.cluster.batch.rows import (
     RowError,
     compile_step,
     compile_template,
     missing_columns,
-    placeholders,
     shared_fields,
 )
 from airflow_provider_raylm.specs import Step
+from airflow_provider_raylm.specs.batch import placeholders
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from airflow_provider_raylm.errors import BatchError, SpecError
+from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.specs import (
     BatchReport,
     BatchSpec,
@@ -89,22 +89,6 @@ def test_an_earlier_tasks_report_stands_for_its_output():
 
     assert build(BatchSpec, {**BATCH, "source": report}).sources == ("s3://a/b",)
     assert build(BatchSpec, {**BATCH, "source": [report, "c"]}).sources == ("s3://a/b", "c")
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [("a.parquet", "parquet"), ("a.b/c.JSONL", "jsonl"), ("x.csv.gz", "csv"), ("x.txt", "text"), ("x.json", "jsonl")],
-)
-def test_the_format_follows_from_the_suffix(path, expected):
-    """Unless the spec says otherwise."""
-    assert build(BatchSpec, BATCH).format_of(path) == expected
-    assert build(BatchSpec, {**BATCH, "source_format": "text"}).format_of(path) == "text"
-
-
-def test_an_unknown_suffix_is_an_error():
-    """The error names the file and the way out."""
-    with pytest.raises(BatchError, match=r"x\.bin: unknown suffix; set source_format"):
-        build(BatchSpec, BATCH).format_of("x.bin")
 
 
 def report(**counts):

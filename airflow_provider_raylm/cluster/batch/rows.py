@@ -1,4 +1,4 @@
-"""Row to request, answer to outcome: pure functions, no Ray, no vLLM.
+"""Row to request, answer to outcome: pure, no Ray, no vLLM.
 
 Data is never evaluated: a template is cut at its placeholders once, and values are put between the pieces.
 """
@@ -6,15 +6,17 @@ Data is never evaluated: a template is cut at its placeholders once, and values 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from airflow_provider_raylm.specs import Step
+import pyarrow as pa
 
-_TOKEN = re.compile(r"\$\$\{|\$\{([^{}]+)\}")
+from airflow_provider_raylm.specs import Step
+from airflow_provider_raylm.specs.batch import PLACEHOLDER
+
+UNREADABLE = (ValueError, OverflowError, KeyError, pa.ArrowException)
+"""What pyarrow raises of a value that Python has none for: no text, a year past 9999, an unknown time zone."""
 
 Row = Mapping[str, Any]
 Content = str | list[dict[str, str]]
@@ -53,11 +55,6 @@ class Refusal:
     message: str
 
 
-def placeholders(template: str) -> list[str]:
-    """Return the column names in *template*, in order of appearance."""
-    return [match.group(1) for match in _TOKEN.finditer(template) if match.group(1)]
-
-
 def compile_template(template: str) -> Callable[[Row], str]:
     """Return a function that renders *template* for a row.
 
@@ -70,7 +67,7 @@ def compile_template(template: str) -> Callable[[Row], str]:
     names: list[str] = []
     end = 0
     text = ""
-    for match in _TOKEN.finditer(template):
+    for match in PLACEHOLDER.finditer(template):
         text += template[end : match.start()]
         end = match.end()
         if match.group(1) is None:
@@ -141,3 +138,25 @@ def missing_columns(steps: Iterable[Step], available: Iterable[str]) -> list[str
         missing |= step.columns_used - known
         known.add(step.output_column)
     return sorted(missing)
+
+
+def values(table: pa.Table, columns: Iterable[str]) -> tuple[list[dict[str, Any]], dict[int, Refusal]]:
+    """Return the rows of a table with the values of some columns, and by number the rows in which one has none."""
+    found: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
+    bad: dict[int, Refusal] = {}
+    for name in columns:
+        try:
+            column = table[name].to_pylist()
+        except UNREADABLE:
+            column = [_value(name, value, number, bad) for number, value in enumerate(table[name])]
+        for row, value in zip(found, column, strict=True):
+            row[name] = value
+    return found, bad
+
+
+def _value(name: str, value: pa.Scalar, number: int, bad: dict[int, Refusal]) -> Any:
+    try:
+        return value.as_py()
+    except UNREADABLE as error:
+        bad.setdefault(number, Refusal("unreadable_value", f"column {name!r}: {error}"))
+        return None

@@ -7,20 +7,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from airflow_provider_raylm.cluster.sinks import checksum
-from airflow_provider_raylm.cluster.source import ROW_ID
-from airflow_provider_raylm.cluster.stage import COMPLETION_TOKENS, PROMPT_TOKENS, REASON
+from airflow_provider_raylm.cluster.batch.output import Written
+from airflow_provider_raylm.cluster.batch.stage import COMPLETION_TOKENS, MESSAGE, PROMPT_TOKENS, REASON
+
+COUNTS = pa.schema(
+    [
+        ("block", pa.string()),
+        ("rows", pa.int64()),
+        ("kept", pa.int64()),
+        ("written", pa.int64()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("failures", pa.list_(pa.string())),
+        ("message", pa.string()),
+    ]
+)
 
 
-def count_block(answered: pa.Table, failed: pa.Table) -> dict[str, Any]:
-    """Return one block's counts; ``failures`` as a list of [reason, rows], which Arrow can carry for any reason."""
+def count_block(block: Written, answered: pa.Table, failed: pa.Table) -> dict[str, Any]:
+    """Return one block's counts, as ``COUNTS``.
+
+    ``failures`` are "reason<tab>rows", which Arrow can carry for any reason; ``message`` is the first failed row's.
+    """
     return {
-        "ids": checksum([*answered[ROW_ID].chunks, *failed[ROW_ID].chunks]),
+        "block": block.name,
+        "rows": block.rows,
+        "kept": len(block.ids),
         "written": answered.num_rows,
-        "prompt_tokens": sum(answered[PROMPT_TOKENS].to_pylist()),
-        "completion_tokens": sum(answered[COMPLETION_TOKENS].to_pylist()),
+        "prompt_tokens": pc.sum(answered[PROMPT_TOKENS]).as_py() or 0,
+        "completion_tokens": pc.sum(answered[COMPLETION_TOKENS]).as_py() or 0,
         "failures": [f"{reason}\t{rows}" for reason, rows in Counter(failed[REASON].to_pylist()).items()],
+        "message": failed[MESSAGE][0].as_py() if failed.num_rows else None,
     }
 
 
@@ -30,25 +49,34 @@ class Tally:
 
     Attributes:
         total: rows to answer in this run, when the source tells it.
-        ids: checksum of the ids of the rows so far; begins with that of the rows that were there.
+        blocks: names of the blocks that are done, also by earlier attempts, with their rows.
+        failed: names of those with failed rows.
+        kept: rows of this run's blocks that an earlier attempt had answered.
+        message: what the first failed row met with.
     """
 
-    total: int | None
-    ids: int = 0
+    total: int | None = None
+    blocks: dict[str, int] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    kept: int = 0
     written: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+    message: str = ""
 
     def add(self, block: dict[str, Any]) -> None:
         """Add what ``count_block`` returned."""
-        self.ids = (self.ids + block["ids"]) % 2**64
+        self.blocks[block["block"]] = block["rows"]
+        self.kept += block["kept"]
         self.written += block["written"]
         self.prompt_tokens += block["prompt_tokens"]
         self.completion_tokens += block["completion_tokens"]
         for entry in block["failures"]:
             reason, rows = entry.split("\t")
             self.failures[reason] += int(rows)
+            self.failed.add(block["block"])
+        self.message = self.message or block["message"] or ""
 
     @property
     def quarantined(self) -> int:

@@ -7,13 +7,11 @@ the engine fail again is at fault itself; it is asked in ever smaller pieces unt
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from airflow_provider_raylm.cluster.rows import Answer, Content, Refusal
+from airflow_provider_raylm.cluster.batch.rows import Answer, Content, Refusal
 from airflow_provider_raylm.errors import EngineError
 
 # A block of 256 rows is down to one row after two cuts: each costs a start of the engine.
@@ -112,32 +110,3 @@ class Recovery:
             self._end = error
             raise
         self._life += 1
-
-
-class Gate:
-    """Lets many in at a time, or one alone.
-
-    Whoever wants to be alone waits for those inside; those who come later wait for them.
-    """
-
-    def __init__(self) -> None:
-        self._inside = 0
-        self._alone = 0
-        self._changed = asyncio.Event()
-
-    @asynccontextmanager
-    async def passed(self, alone: bool) -> AsyncIterator[None]:
-        """Be inside for as long as the body runs."""
-        self._alone += alone
-        try:
-            while self._inside if alone else self._alone:
-                await self._changed.wait()
-            self._inside += 1
-            try:
-                yield
-            finally:
-                self._inside -= 1
-        finally:
-            self._alone -= alone
-            self._changed.set()
-            self._changed = asyncio.Event()

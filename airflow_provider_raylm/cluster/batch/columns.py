@@ -1,0 +1,148 @@
+"""What the files of a task have to agree on before a row of them is asked: columns, types, ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from airflow_provider_raylm.cluster.batch import json_text
+from airflow_provider_raylm.cluster.batch.formats import ids_of, plain
+from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, Contents, Fragment, Reading
+from airflow_provider_raylm.cluster.batch.ids import find_repeated
+from airflow_provider_raylm.cluster.batch.rows import missing_columns
+from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
+
+
+def one_schema(spec: BatchSpec, fragments: Sequence[Fragment], contents: Sequence[Contents]) -> pa.Schema:
+    """Return the columns that the task needs, each with the one type that holds what all files have of it.
+
+    Raises:
+        BatchError: there is none.
+    """
+    wanted = _wanted(spec)
+    types: dict[str, pa.Field] = {}
+    origin: dict[str, str] = {}
+    for schema, told, fragment in _distinct(fragments, contents):
+        for field in [*plain(schema), *(pa.field(name, pa.string()) for name, _ in told)]:
+            before = types.get(field.name)
+            if field.name.startswith(RESERVED_PREFIX) or (wanted is not None and field.name not in wanted):
+                continue
+            if before is None:
+                types[field.name], origin[field.name] = field, fragment.file.uri
+            elif not before.type.equals(field.type):
+                types[field.name] = _common(before, field, fragment, origin[field.name])
+    # Null is what JSON files say of a column in which no row has a value.
+    return pa.schema([pa.field(field.name, json_text.column_type(field.type)) for field in types.values()])
+
+
+def _distinct(fragments: Sequence[Fragment], contents: Sequence[Contents]) -> Iterator[tuple[Any, Any, Fragment]]:
+    """Yield each schema once, with the columns of the path, and a fragment that has them."""
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    for fragment, found in zip(fragments, contents, strict=True):
+        key = (str(found.schema), tuple(name for name, _ in fragment.partition))
+        if key not in seen:
+            seen.add(key)
+            yield found.schema, fragment.partition, fragment
+
+
+def _common(before: pa.Field, field: pa.Field, fragment: Fragment, origin: str) -> pa.Field:
+    if fragment.file.format == "jsonl":
+        return field.with_type(json_text.common(before.type, field.type))
+    try:
+        return pa.unify_schemas([pa.schema([before]), pa.schema([field])], promote_options="permissive").field(0)
+    except pa.ArrowException:
+        raise BatchError(
+            f"the column {field.name!r} is of type {before.type} in {origin} and of type {field.type} in "
+            f"{fragment.file.uri}; no one type holds both. Leave it out (columns=), or ask the files apart."
+        ) from None
+
+
+def check_columns(
+    spec: BatchSpec, fragments: Sequence[Fragment], contents: Sequence[Contents], schema: pa.Schema
+) -> None:
+    """Check that every file has the columns that the spec names, and none that an answer would take the place of.
+
+    Raises:
+        BatchError: otherwise; the text names the column and the file.
+    """
+    if not any(found.schema.names for found in contents):
+        return
+    named = {*(spec.columns or ()), *([spec.id_column] if spec.id_column else [])}
+    for has, told, fragment in _distinct(fragments, contents):
+        own = [name for name in (*has.names, *(name for name, _ in told)) if not name.startswith(RESERVED_PREFIX)]
+        if not has.names and fragment.rows == 0:
+            continue
+        missing = missing_columns(spec.all_steps, own) if spec.preprocess is None else []
+        # A JSON object may leave out what is null.
+        lacking = [*missing, *sorted(named - {*own, ROW_ID})]
+        if fragment.file.format == "jsonl":
+            lacking = [name for name in lacking if name not in schema.names]
+        if lacking:
+            where = f" ({fragment.file.uri})" if len(fragments) > 1 else ""
+            raise BatchError(
+                f"the source has no column {', '.join(map(repr, dict.fromkeys(lacking)))}; it has "
+                f"{', '.join(own)}{where}"
+            )
+    kept = set(spec.columns if spec.columns is not None else schema.names)
+    taken = [step.output_column for step in spec.all_steps if step.output_column in kept & set(schema.names)]
+    if taken:
+        where = next(f.file.uri for f, c in zip(fragments, contents, strict=True) if taken[0] in _names(f, c))
+        raise BatchError(
+            f"output_column {taken[0]!r} is a column of the source ({where}), which is never overwritten. Choose "
+            "another output_column, or leave that column out with columns=."
+        )
+
+
+def _names(fragment: Fragment, found: Contents) -> list[str]:
+    return [*found.schema.names, *(name for name, _ in fragment.partition)]
+
+
+def _wanted(spec: BatchSpec) -> set[str] | None:
+    """Return the columns to read; None for all, which is what a row function may look at."""
+    if spec.columns is None or spec.preprocess is not None or spec.postprocess is not None:
+        return None
+    return {*spec.columns, *(name for step in spec.all_steps for name in step.columns_used)}
+
+
+def check_ids(
+    spec: BatchSpec, how: Reading, fragments: Sequence[Fragment], contents: Sequence[Contents], twice: set[int]
+) -> None:
+    """Check that no two rows have one id, as far as ids come from a column.
+
+    Args:
+        spec: the task.
+        how: how files are read.
+        fragments: the files.
+        contents: what the look at each told.
+        twice: hashes of ids that were met more than once.
+
+    Raises:
+        BatchError: two rows share an id; the text names it.
+    """
+    with_ids = [(f, c) for f, c in zip(fragments, contents, strict=True) if f.has_ids]
+    every = (texts for f, c in with_ids for texts in ids_of(f.file, how, c.schema))
+    if twice:
+        repeated = find_repeated(twice, every)
+    elif with_ids and len(with_ids) < len(fragments):
+        repeated = next((one for texts in every for one in texts.to_pylist() if _is_made(one, fragments)), None)
+    else:
+        return
+    if repeated is not None:
+        raise BatchError(
+            f"ids of the column {spec.id_column or ROW_ID!r} stand on several rows, {repeated!r} for one. Ids must be "
+            "unique: read each row once, or name another id_column. (Outputs of two tasks over one source carry the "
+            "same ids.)"
+        )
+
+
+def _is_made(one: str, fragments: Sequence[Fragment]) -> bool:
+    """Return whether a row of a file without ids gets this one."""
+    match = re.fullmatch(r"(\d{5,})-(\d{9,})", one)
+    if match is None or int(match[1]) >= len(fragments):
+        return False
+    fragment = fragments[int(match[1])]
+    return not fragment.has_ids and (fragment.rows is None or int(match[2]) < fragment.rows)

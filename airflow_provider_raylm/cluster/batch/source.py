@@ -1,0 +1,106 @@
+"""Which files a source names, and what their paths tell of their rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from urllib.parse import unquote
+
+import pyarrow as pa
+from fsspec.core import has_magic
+from fsspec.utils import glob_translate
+
+from airflow_provider_raylm.cluster.batch.formats import format_of
+from airflow_provider_raylm.cluster.batch.fragments import File, Reading
+from airflow_provider_raylm.cluster.batch.storage import Info, Place, version
+from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.specs import BatchSpec
+from airflow_provider_raylm.specs.batch import is_hidden
+
+_HIVE = re.compile(r"([^=/]+)=([^/]*)")
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+
+Say = Callable[[str], None]
+
+
+def list_files(spec: BatchSpec, how: Reading, say: Say) -> list[File]:
+    """Return the files that the spec's source names, sorted; in a folder, those of a format that is read.
+
+    Hidden ones (``_``, ``.``) are left out; so are those of no known format, such as a README, with a line about it.
+
+    Raises:
+        BatchError: a file, folder or glob that matches nothing; a named file of no known format; a place where the task
+            itself writes.
+    """
+    found: dict[str, File] = {}
+    own = {Place(uri).name for uri in (spec.output, spec.quarantine_uri)}
+    for source in spec.sources:
+        place = Place(source)
+        matches = _matches(place)
+        if not matches:
+            raise BatchError(f"source {source!r} matches no file. Check the path and the pattern.")
+        named = set(matches) == {place.path}
+        others = 0
+        for path, info in matches.items():
+            told = format_of(path, how.format)
+            if told is None and named:
+                raise BatchError(f"{source}: unknown suffix; set source_format to one of parquet, jsonl, csv, text")
+            if told is None:
+                others += 1
+                continue
+            uri = str(place.fs.unstrip_protocol(path))
+            found[uri] = File(uri, told[0], told[1], int(info.get("size") or 0), version(info))
+        if others:
+            say(f"{others} files in {source} are left out: their suffixes tell no format that is read")
+        if others == len(matches):
+            raise BatchError(
+                f"source {source!r} has no file of a format that is read (its {others} files have other suffixes). "
+                "Check the path, or set source_format to one of parquet, jsonl, csv, text."
+            )
+        _require_elsewhere(spec, place, own)
+    for uri in found:
+        if uri.rpartition("/")[0] in own:
+            raise BatchError(
+                f"source: {uri} lies in {uri.rpartition('/')[0]}, where this task writes its own answers or failed "
+                "rows. Choose another output."
+            )
+    return [found[uri] for uri in sorted(found)]
+
+
+def _matches(place: Place) -> dict[str, Info]:
+    place.fs.invalidate_cache()
+    if has_magic(place.path):
+        found = {path: info for path, info in place.fs.glob(place.path, detail=True).items() if info["type"] == "file"}
+        root = re.split(r"[^/]*[*?\[]", place.path, maxsplit=1)[0].rstrip("/")
+    else:
+        found = place.files()
+        root = place.path
+    return {
+        path: info
+        for path, info in sorted(found.items())
+        if not path.endswith("/") and not is_hidden(path.removeprefix(root).strip("/"))
+    }
+
+
+def _require_elsewhere(spec: BatchSpec, source: Place, own: set[str]) -> None:
+    """Refuse an output that the source would take in when it is read again."""
+    for place in own:
+        path = Place(place).path
+        if has_magic(source.path):
+            inside = re.match(glob_translate(source.path), f"{path}/part-0.parquet") is not None
+        else:
+            inside = f"{path}/".startswith(f"{source.path}/") and not is_hidden(
+                path.removeprefix(source.path).strip("/")
+            )
+        if inside and source.fs.unstrip_protocol(path) == place:
+            raise BatchError(
+                f"{place}, where this task writes, lies in its source {source.uri!r}: a retry would read its own "
+                f"answers. Choose an output outside (now {spec.output})."
+            )
+
+
+def partition_of(uri: str, schema: pa.Schema) -> tuple[tuple[str, str | None], ...]:
+    """Return the columns that a path tells, as text: 01 is no number. What the file says itself goes before."""
+    pairs = [match.groups() for part in uri.split("/")[:-1] if (match := _HIVE.fullmatch(part))]
+    columns = {unquote(name): None if value == _HIVE_NULL else unquote(value) for name, value in pairs}
+    return tuple((name, value) for name, value in columns.items() if name not in schema.names)

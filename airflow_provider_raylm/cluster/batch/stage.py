@@ -1,0 +1,206 @@
+"""From a block of rows to answers: templates, row functions, questions, and two tables of what came of it.
+
+Only columns that a template or a row function needs become Python values. The others pass by as Arrow, whatever is in
+them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from airflow_provider_raylm.cluster.batch.asking import Ask
+from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
+from airflow_provider_raylm.cluster.batch.json_text import as_text, common_type
+from airflow_provider_raylm.cluster.batch.rows import Refusal, RowError, compile_step, shared_fields, values
+from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
+
+PROMPT_TOKENS = f"{RESERVED_PREFIX}prompt_tokens"
+COMPLETION_TOKENS = f"{RESERVED_PREFIX}completion_tokens"
+FINISH_REASON = f"{RESERVED_PREFIX}finish_reason"
+REASON = f"{RESERVED_PREFIX}reason"
+MESSAGE = f"{RESERVED_PREFIX}message"
+
+RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass
+class _Block:
+    """Rows on their way: each is either still asked about or failed, and never both."""
+
+    rows: list[dict[str, Any]]
+    failed: dict[int, Refusal] = field(default_factory=dict)
+    prompt_tokens: list[int] = field(default_factory=list)
+    completion_tokens: list[int] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = [0] * len(self.rows)
+        self.completion_tokens = [0] * len(self.rows)
+        self.finish_reasons = [""] * len(self.rows)
+
+    def live(self) -> list[int]:
+        return [i for i in range(len(self.rows)) if i not in self.failed]
+
+    def apply(self, change: Callable[[dict[str, Any]], Any]) -> dict[int, Any]:
+        """Call *change* for every live row; a RowError fails that row."""
+        results = {}
+        for i in self.live():
+            try:
+                results[i] = change(self.rows[i])
+            except RowError as error:
+                self.failed[i] = error.refusal
+        return results
+
+
+class BlockAnswerer:
+    """Answers blocks for one task; holds nothing between blocks, so threads may share it.
+
+    Args:
+        spec: the task.
+        model: the engine's served model name.
+        ask: the way to the engine.
+
+    Raises:
+        BatchError: a row function cannot be imported.
+    """
+
+    def __init__(self, spec: BatchSpec, model: str, ask: Ask) -> None:
+        self._spec = spec
+        self._ask = ask
+        self._steps = [(compile_step(step), shared_fields(step, model), step.output_column) for step in spec.all_steps]
+        self._preprocess = load_function("preprocess", spec.preprocess)
+        self._postprocess = load_function("postprocess", spec.postprocess)
+
+    def answer(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """Return (answered, failed) rows of *table*; together they are all of its rows."""
+        block = _Block(*values(table, self._columns(table)))
+        self._transform(block, self._preprocess)
+        for render, fields, column in self._steps:
+            try:
+                requests = block.apply(render)
+            except KeyError as error:
+                present = ", ".join(block.rows[block.live()[0]])
+                raise BatchError(f"preprocess: its row has no column {error}; it has {present}") from None
+            answers = self._ask(fields, list(requests.values())) if requests else []
+            for i, answer in zip(requests, answers, strict=True):
+                if isinstance(answer, Refusal):
+                    block.failed[i] = answer
+                    continue
+                block.rows[i] = {**block.rows[i], column: answer.text}
+                block.prompt_tokens[i] += answer.prompt_tokens
+                block.completion_tokens[i] += answer.completion_tokens
+                block.finish_reasons[i] = answer.finish_reason
+        self._transform(block, self._postprocess)
+        return self._answered(table, block), _failed(table, block)
+
+    def _columns(self, table: pa.Table) -> list[str]:
+        """Return the columns that become Python values."""
+        if self._preprocess is not None or self._postprocess is not None:
+            return [name for name in table.column_names if name != ROW_ID]
+        used = {name for step in self._spec.all_steps for name in step.columns_used}
+        return [name for name in table.column_names if name in used]
+
+    def _transform(self, block: _Block, function: RowFunction | None) -> None:
+        if function is None:
+            return
+
+        def change(row: dict[str, Any]) -> dict[str, Any]:
+            try:
+                changed = dict(function(dict(row)))
+                for value in changed.values():
+                    _require_storable(value)
+                return changed
+            except Exception as error:  # the author's own code, about this row
+                raise RowError("row_function", f"{type(error).__name__}: {error}") from error
+
+        for i, row in block.apply(change).items():
+            block.rows[i] = row
+
+    def _answered(self, table: pa.Table, block: _Block) -> pa.Table:
+        live = block.live()
+        kept = table.take(pa.array(live, pa.int64()))
+        produced = [column for *_, column in self._steps]
+        if self._preprocess is None and self._postprocess is None:
+            names = [name for name in table.column_names if name != ROW_ID and name not in produced]
+            if self._spec.columns is not None:
+                names = [name for name in names if name in self._spec.columns]
+            answered = kept.select(names)
+        else:
+            answered = self._rebuilt(table, block, live, produced)
+        for column in produced:
+            answered = answered.append_column(column, pa.array([block.rows[i].get(column) for i in live], pa.string()))
+        return (
+            answered.append_column(ROW_ID, kept[ROW_ID])
+            .append_column(PROMPT_TOKENS, pa.array([block.prompt_tokens[i] for i in live], pa.int64()))
+            .append_column(COMPLETION_TOKENS, pa.array([block.completion_tokens[i] for i in live], pa.int64()))
+            .append_column(FINISH_REASON, pa.array([block.finish_reasons[i] for i in live], pa.string()))
+        )
+
+    def _rebuilt(self, table: pa.Table, block: _Block, live: list[int], produced: list[str]) -> pa.Table:
+        """Build the columns anew, because row functions may have changed them; known ones keep their type."""
+        source = [name for name in table.column_names if name != ROW_ID]
+        unwanted = set(produced)
+        if self._spec.columns is not None:
+            unwanted |= set(source) - set(self._spec.columns)
+        names = dict.fromkeys(name for i in live for name in block.rows[i] if name not in unwanted)
+        columns = {}
+        for name in names if live else [name for name in source if name not in unwanted]:
+            values = [block.rows[i].get(name) for i in live]
+            columns[name] = _column(values, table.schema.field(name).type if name in source else pa.null())
+        return pa.table(columns) if columns else table.take(pa.array(live, pa.int64())).select([])
+
+
+def _column(values: list[Any], known: pa.DataType) -> pa.Array:
+    """Return the values as the type that they had before, else as one that holds them all."""
+    try:
+        return pa.array(values, known)
+    except (pa.ArrowException, OverflowError):
+        kind = common_type(values)
+        return pa.array(list(map(as_text, values)) if pa.types.is_string(kind) else values, kind)
+
+
+def _failed(table: pa.Table, block: _Block) -> pa.Table:
+    """Return the failed rows as they came, with id, reason and message: enough to read and to replay them."""
+    indices = sorted(block.failed)
+    return (
+        table.take(pa.array(indices, pa.int64()))
+        .append_column(REASON, pa.array([block.failed[i].reason for i in indices], pa.string()))
+        .append_column(MESSAGE, pa.array([block.failed[i].message for i in indices], pa.string()))
+    )
+
+
+def _require_storable(value: Any) -> None:
+    """Raise what Arrow raises of a value that no file can hold: half a character, an object of some class."""
+    with suppress(OverflowError):
+        pa.array([value])
+
+
+def load_function(name: str, path: str | None) -> RowFunction | None:
+    """Return the function that a spec names.
+
+    Raises:
+        BatchError: it cannot be imported.
+    """
+    if path is None:
+        return None
+    module, _, attribute = path.partition(":")
+    try:
+        function: RowFunction = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BatchError(f"{name}: cannot import {path} on the cluster: {error}") from error
+    return function
+
+
+def answer_schema(spec: BatchSpec, source: pa.Schema) -> pa.Schema:
+    """Return the columns of an answered row, of one that no row function has changed."""
+    produced = [step.output_column for step in spec.all_steps]
+    kept = [one for one in source if one.name not in produced and (spec.columns is None or one.name in spec.columns)]
+    counts = [(PROMPT_TOKENS, pa.int64()), (COMPLETION_TOKENS, pa.int64()), (FINISH_REASON, pa.string())]
+    return pa.schema([*kept, *((name, pa.string()) for name in [*produced, ROW_ID]), *counts])

@@ -1,0 +1,139 @@
+"""One inference task from its first look to its last write, without Ray: the engine and the way to it are arguments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from airflow_provider_raylm.cluster.batch.budget import require_budget, require_hope
+from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
+from airflow_provider_raylm.cluster.batch.output import Output, Parts, Progress, task_fingerprint
+from airflow_provider_raylm.cluster.batch.plan import Plan, make_plan
+from airflow_provider_raylm.cluster.batch.reader import read_blocks
+from airflow_provider_raylm.cluster.batch.report import Tally, count_block
+from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer, answer_schema
+from airflow_provider_raylm.cluster.batch.window import in_order
+from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the stage needs to know.
+
+    Attributes:
+        spec: the task.
+        ref: the engine.
+        plan: what to read.
+        parts: where to write.
+        progress: what is done already.
+    """
+
+    spec: BatchSpec
+    ref: EngineRef
+    plan: Plan
+    parts: Parts
+    progress: Progress
+
+
+def answer_source(
+    spec: BatchSpec,
+    ref: EngineRef,
+    answers: Callable[[Work], Iterator[dict[str, Any]]],
+    say: Say,
+    tally: Tally,
+    plan_of: Callable[[BatchSpec, Say], Plan] = make_plan,
+) -> BatchReport:
+    """Answer every row of the source that is not answered yet, and return the report.
+
+    Args:
+        spec: the task.
+        ref: the engine.
+        answers: does the work and yields each block's counts; not called when nothing is left to do.
+        say: receives progress lines.
+        tally: counts, while the work goes on.
+        plan_of: makes the plan.
+
+    Raises:
+        BatchError: the source, its columns, the output, or more failed rows than the budget.
+    """
+    started = time.monotonic()
+    plan = plan_of(spec, say)
+    mark = task_fingerprint(spec, ref, plan.fragments)
+    schema = answer_schema(spec, plan.schema)
+    output = Output(spec, mark)
+    begun = output.begin(schema)
+    if isinstance(begun, BatchReport):
+        say(f"{spec.output} is complete already ({begun.fingerprint}): nothing to do")
+        return _nothing_to_do(begun)
+    plan = replace(plan, block_rows=begun.block_rows)
+    total = plan.rows
+    done = sum(begun.done.values())
+    tally.blocks.update(begun.done)
+    tally.total = total - done if total is not None else None
+    say(f"{len(plan.fragments)} files, {tally.total if tally.total is not None else 'unknown'} rows to answer")
+    if done:
+        say(f"{done} rows are there from an earlier attempt")
+    for block in answers(Work(spec, ref, plan, output.parts, begun)):
+        tally.add(block)
+        require_hope(spec, total, tally)
+    if total is not None and (read := sum(tally.blocks.values())) != total:
+        raise BatchError(f"{read} rows were read, but the source has {total}; the output is not complete.")
+    report = _report(spec, ref, mark, tally, done, time.monotonic() - started)
+    require_budget(spec, report)
+    output.finish(report, tally.blocks, tally.failed, schema)
+    say(tally.line(time.monotonic() - started))
+    return report
+
+
+def answer_blocks(work: Work, answerer: BlockAnswerer, at_a_time: int) -> Iterator[dict[str, Any]]:
+    """Read, answer and write the blocks that are not done; yield each one's counts, in the source's order."""
+
+    def answer(block: tuple[str, pa.Table]) -> dict[str, Any]:
+        name, rows = block
+        before = work.parts.written(name, rows.num_rows, work.progress)
+        if before.ids:
+            rows = rows.filter(pa.array([one not in before.ids for one in rows[ROW_ID].to_pylist()], pa.bool_()))
+        answered, failed = answerer.answer(rows)
+        work.parts.write(before, answered, failed)
+        return count_block(before, answered, failed)
+
+    blocks = read_blocks(work.plan, lambda name: name not in work.progress.done)
+    return in_order(answer, blocks, at_a_time)
+
+
+def _report(spec: BatchSpec, ref: EngineRef, mark: str, tally: Tally, done: int, seconds: float) -> BatchReport:
+    return BatchReport(
+        rows_in=done + tally.kept + tally.rows,
+        rows_written=tally.written,
+        rows_quarantined=tally.quarantined,
+        rows_already_done=done + tally.kept,
+        failures=dict(tally.failures),
+        prompt_tokens=tally.prompt_tokens,
+        completion_tokens=tally.completion_tokens,
+        seconds=round(seconds, 3),
+        source=spec.sources,
+        output=spec.output,
+        quarantine=spec.quarantine_uri,
+        application=ref.application,
+        model=ref.model,
+        fingerprint=mark,
+    )
+
+
+def _nothing_to_do(finished: BatchReport) -> BatchReport:
+    return finished.model_copy(
+        update={
+            "rows_written": 0,
+            "rows_already_done": finished.rows_written + finished.rows_already_done,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "seconds": 0.0,
+        }
+    )

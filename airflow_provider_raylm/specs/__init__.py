@@ -1,0 +1,42 @@
+"""The values that cross every border: what to deploy, what to run, and what came of it.
+
+All defaults and all validation of the public API live here. Every spec is frozen, refuses unknown fields, and is
+plain JSON on the wire, so that the worker, the cluster and a unit test see the same thing.
+"""
+
+from airflow_provider_raylm.specs.base import RESERVED_PREFIX, SpecT, Value, build, check_unrendered
+from airflow_provider_raylm.specs.batch import BatchSpec, Format, OutputFormat, Step
+from airflow_provider_raylm.specs.engine import EngineQuery, EngineRef, EngineSpec, Labels, Lease
+from airflow_provider_raylm.specs.reports import (
+    BatchReport,
+    EngineInfo,
+    EngineSeconds,
+    EngineUsage,
+    OnBusy,
+    SweepReport,
+    TeardownReport,
+)
+
+__all__ = [
+    "RESERVED_PREFIX",
+    "BatchReport",
+    "BatchSpec",
+    "EngineInfo",
+    "EngineQuery",
+    "EngineRef",
+    "EngineSeconds",
+    "EngineSpec",
+    "EngineUsage",
+    "Format",
+    "Labels",
+    "Lease",
+    "OnBusy",
+    "OutputFormat",
+    "SpecT",
+    "Step",
+    "SweepReport",
+    "TeardownReport",
+    "Value",
+    "build",
+    "check_unrendered",
+]

@@ -1,0 +1,112 @@
+"""What came of it: of the rows of a task, of an engine's life, of a teardown and a sweep."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from airflow_provider_raylm.specs.base import Value
+from airflow_provider_raylm.specs.engine import Labels
+
+
+class BatchReport(Value):
+    """What became of the rows of one task. Its counts reconcile, or it cannot be built."""
+
+    rows_in: int = Field(ge=0)
+    rows_written: int = Field(ge=0)
+    rows_quarantined: int = Field(ge=0)
+    rows_already_done: int = Field(0, ge=0)
+    failures: dict[str, int] = Field(default_factory=dict, description="Quarantined rows by reason.")
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    source: tuple[str, ...] = Field((), description="Where the rows came from, as the task was told.")
+    output: str
+    quarantine: str
+    application: str
+    model: str
+    fingerprint: str
+
+    @model_validator(mode="after")
+    def _reconciles(self) -> Self:
+        accounted = self.rows_written + self.rows_quarantined + self.rows_already_done
+        if accounted != self.rows_in:
+            raise ValueError(
+                f"{self.rows_in} rows in, but {self.rows_written} written + {self.rows_quarantined} quarantined"
+                f" + {self.rows_already_done} already done = {accounted}"
+            )
+        if sum(self.failures.values()) != self.rows_quarantined:
+            raise ValueError(f"{self.rows_quarantined} quarantined rows, but reasons for {self.failures}")
+        return self
+
+    @property
+    def rows_per_s(self) -> float:
+        """Answered rows per second of this run, start-up included."""
+        return (self.rows_written + self.rows_quarantined) / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second of this run, start-up included."""
+        return self.completion_tokens / self.seconds if self.seconds else 0.0
+
+
+class EngineUsage(Value):
+    """What an engine did in its life, summed over the tasks that used it."""
+
+    tasks: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def plus(self, report: BatchReport) -> EngineUsage:
+        """Return this usage with one more task's report added."""
+        return EngineUsage(
+            tasks=self.tasks + 1,
+            requests=self.requests + report.rows_written + report.rows_quarantined,
+            prompt_tokens=self.prompt_tokens + report.prompt_tokens,
+            completion_tokens=self.completion_tokens + report.completion_tokens,
+        )
+
+
+class EngineSeconds(Value):
+    """Whom an engine's time went to. Tasks that work at the same time share it equally."""
+
+    loading: float = Field(0.0, description="Seconds until it could take work.")
+    idle: float = Field(0.0, description="Seconds in which no task worked.")
+    tasks: dict[str, float] = Field(default_factory=dict, description="Seconds by the output of the task.")
+
+
+class EngineInfo(Value):
+    """An engine of this provider as found on the cluster."""
+
+    application: str
+    status: str
+    fingerprint: str
+    labels: Labels
+    age_seconds: float
+    working: tuple[str, ...] = Field((), description="Outputs of the tasks that are at work on it.")
+    usage: EngineUsage = Field(default_factory=EngineUsage)
+    spent: EngineSeconds = Field(default_factory=EngineSeconds)
+
+
+OnBusy = Literal["wait", "fail", "delete"]
+"""What a teardown does while tasks work on the engine: wait for them, fail, or delete it under them."""
+
+
+class TeardownReport(Value):
+    """What a teardown found and left."""
+
+    application: str
+    existed: bool
+    engine_seconds: float = 0.0
+    usage: EngineUsage = Field(default_factory=EngineUsage)
+    spent: EngineSeconds = Field(default_factory=EngineSeconds)
+    resources_free: bool = Field(description="True when what the engine held is available again.")
+
+
+class SweepReport(Value):
+    """The engines of this provider on a cluster, and those of them that were deleted."""
+
+    engines: tuple[EngineInfo, ...]
+    deleted: tuple[str, ...] = ()

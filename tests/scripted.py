@@ -1,0 +1,31 @@
+"""An engine made of a function, and a task on it without Ray: the real plan, reader, stage and output."""
+
+from airflow_provider_raylm.cluster.batch.report import Tally
+from airflow_provider_raylm.cluster.batch.rows import Answer, Refusal
+from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
+from airflow_provider_raylm.cluster.batch.task import answer_blocks, answer_source
+from airflow_provider_raylm.specs import EngineRef, Labels, Lease
+
+REF = EngineRef(
+    application="raylm-e-0",
+    deployment="engine",
+    model="m",
+    fingerprint="engine",
+    labels=Labels(installation="i", dag_id="d", run_id="r", engine="e"),
+    lease=Lease(),
+)
+
+
+def shouts(fields, prompts):
+    """Answer with the prompt in capitals; refuse what starts with "bad"."""
+    return [
+        Refusal("invalid_request", "refused") if prompt.startswith("bad") else Answer(prompt.upper(), "stop", 2, 3)
+        for prompt in prompts
+    ]
+
+
+def attempt(spec, ask=shouts, at_a_time=2, said=None, ref=REF, **kwargs):
+    """Run a task once, as a job does, and return its report."""
+    answerer = BlockAnswerer(spec, ref.model, ask)
+    say = said.append if said is not None else lambda line: None
+    return answer_source(spec, ref, lambda work: answer_blocks(work, answerer, at_a_time), say, Tally(), **kwargs)

@@ -1,0 +1,584 @@
+"""From a source to blocks of rows: files that others wrote, on a local folder and on S3."""
+
+import bz2
+import gzip
+import json
+import uuid
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from airflow_provider_raylm.cluster.batch import ids, json_text
+from airflow_provider_raylm.cluster.batch.formats import format_of
+from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
+from airflow_provider_raylm.cluster.batch.plan import Block, make_plan
+from airflow_provider_raylm.cluster.batch.reader import read_blocks
+from airflow_provider_raylm.errors import BatchError, SpecError
+from airflow_provider_raylm.specs import BatchSpec, build
+from tests.scripted import attempt
+
+
+def spec(tmp_path, **fields):
+    defaults = {"prompt": "${text}", "source": str(tmp_path / "in"), "output": str(tmp_path / "out")}
+    return build(BatchSpec, {**defaults, **fields})
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / "in" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, pa.Table):
+        pq.write_table(content, path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def blocks_of(task, done=()):
+    said = []
+    plan = make_plan(task, said.append)
+    return [(name, table) for name, table in read_blocks(plan, lambda name: name not in done)]
+
+
+def rows_of(task):
+    tables = [table for _, table in blocks_of(task)]
+    return pa.concat_tables(tables).to_pylist() if tables else []
+
+
+def texts_of(task):
+    return [row["text"] for row in rows_of(task)]
+
+
+# --- formats ----------------------------------------------------------------------------------------------------
+
+CSV = 'text,n\nx,1\n"y\nwith line",\n'
+JSONL = '{"text": "x", "n": 1}\n\n{"text": "y"}\n'
+
+
+def zstd(data):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", JSONL.encode()),
+        ("a.JSONL", JSONL.encode()),
+        ("a.ndjson", JSONL.encode()),
+        ("a.json", b'\n [{"text": "x", "n": 1},\n{"text": "y"}\n]\n'),
+        ("a.json", b'{"text": "x"}\n{"text": "y"}'),
+        ("a.jsonl", b"\xef\xbb\xbf" + JSONL.encode()),
+        ("a.jsonl.gz", gzip.compress(JSONL.encode())),
+        ("a.jsonl.bz2", bz2.compress(JSONL.encode())),
+        ("a.jsonl.zst", zstd(JSONL.encode())),
+        ("a.csv", CSV.encode()),
+        ("a.CSV", CSV.encode()),
+        ("a.csv", b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode()),
+        ("a.tsv", CSV.replace(",", "\t").encode()),
+        ("a.tsv.gz", gzip.compress(CSV.replace(",", "\t").encode())),
+        ("a.csv.gz", gzip.compress(CSV.encode()[:6]) + gzip.compress(CSV.encode()[6:])),
+        ("a.csv.zst", zstd(CSV.encode())),
+        ("a.txt", b"x\ny\n"),
+        ("a.txt", b"\xef\xbb\xbfx\r\ny"),
+    ],
+)
+def test_each_format_gives_rows_with_ids(tmp_path, name, content):
+    """One id per row: the file's number and the row's position; whatever case, mark or compression it has."""
+    write(tmp_path, name, content)
+    rows = rows_of(spec(tmp_path, block_rows=1))
+
+    assert [row[ROW_ID] for row in rows] == ["00000-000000000", "00000-000000001"]
+    assert [row["text"][0] for row in rows] == ["x", "y"]
+
+
+def test_a_large_file_is_cut_by_positions(tmp_path):
+    """Where its format does not tell how many rows it has; what is done is read over."""
+    lines = [f"line {i} {'x' * 40}" for i in range(5_000)]
+    write(tmp_path, "a.txt", "".join(f"{line}\n" for line in lines))
+    write(tmp_path, "b.csv", "text\n" + "".join(f"{line}\n" for line in lines))
+    task = spec(tmp_path, block_rows=1_000)
+
+    assert make_plan(task, print).rows is None
+    assert texts_of(task) == lines * 2
+    done = {f"{n:05d}-{first:09d}" for n in (0, 1) for first in (0, 2_000, 4_000)}
+    assert [name for name, _ in blocks_of(task, done)] == [
+        f"{n:05d}-{first:09d}" for n in (0, 1) for first in (1_000, 3_000)
+    ]
+    assert all(table["text"][0].as_py() == lines[int(name[-9:])] for name, table in blocks_of(task, done))
+
+
+def test_csv_as_excel_and_others_write_it(tmp_path):
+    """Semicolons, a mark, Windows-1252, and a cell longer than Python's csv module takes."""
+    long = "x" * 200_000
+    write(tmp_path, "a.csv", f'text;n\r\n"ü;""q""";1\r\n{long};\r\n'.encode("cp1252"))
+    assert texts_of(spec(tmp_path, delimiter=";", encoding="cp1252")) == ['ü;"q"', long]
+    with pytest.raises(BatchError, match=r"cannot read .*a\.csv as csv.*"):
+        rows_of(spec(tmp_path, delimiter=";"))
+    write(tmp_path, "a.csv", "text,n\nü,1\n".encode("utf-16"))
+    assert texts_of(spec(tmp_path, encoding="utf-16")) == ["ü"]
+
+
+def test_options_of_reading_are_honoured_or_refused(tmp_path):
+    """Never ignored."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x"]}))
+    with pytest.raises(BatchError, match="delimiter: none of the source's files is CSV"):
+        rows_of(spec(tmp_path, delimiter=";"))
+    for fields, reason in (
+        ({"delimiter": ";", "source_format": "jsonl"}, "only CSV has one"),
+        ({"delimiter": '"'}, "a meaning of its own"),
+        ({"encoding": "utf-9"}, "Python knows none of the name 'utf-9'"),
+        ({"encoding": "cp1252", "source_format": "parquet"}, "tells its own"),
+    ):
+        with pytest.raises(SpecError, match=reason):
+            spec(tmp_path, **fields)
+
+
+def test_json_objects_are_each_rows_own_text(tmp_path):
+    """As they are written, numbers too; nothing of other rows."""
+    lines = ['{"meta":{"k1":1}}', '{"meta":{"k2":[0,10, 2.50]}, "n": 5}', '{"n": 2.50, "x": [[1]]}']
+    write(tmp_path, "a.jsonl", "\n".join(lines))
+    rows = rows_of(spec(tmp_path, prompt="${meta}"))
+
+    assert [row["meta"] for row in rows] == ['{"k1":1}', '{"k2":[0,10, 2.50]}', None]
+    assert [row["n"] for row in rows] == [None, "5", "2.50"]
+    assert [row["x"] for row in rows] == [None, None, "[[1]]"]
+
+
+def test_a_json_column_has_one_type_over_all_files(tmp_path):
+    """That of its values if they are alike, else text as it is written."""
+    write(
+        tmp_path, "a.jsonl", '{"text": "x", "i": 1, "f": 1.5, "b": true, "l": [], "s": ["k"], "mixed": 1, "big": 1}\n'
+    )
+    write(
+        tmp_path, "b.jsonl", f'{{"text": null, "i": -2, "l": [1], "s": [null], "mixed": {{"a": "ü"}}, "big": {2**70}}}'
+    )
+    tables = [table for _, table in blocks_of(spec(tmp_path, block_rows=1))]
+
+    assert len({table.schema for table in tables}) == 1
+    assert pa.concat_tables(tables).drop_columns([ROW_ID]).to_pylist() == [
+        {"text": "x", "i": 1, "f": 1.5, "b": True, "l": [], "s": ["k"], "mixed": "1", "big": "1"},
+        {"text": None, "i": -2, "f": None, "b": None, "l": [1], "s": [None], "mixed": '{"a": "ü"}', "big": str(2**70)},
+    ]
+
+
+def test_reading_json_takes_time_in_proportion(tmp_path):
+    """To its bytes, however many different keys its objects have."""
+    write(tmp_path, "a.jsonl", "".join(json.dumps({"meta": {f"k{i}": i}}) + "\n" for i in range(20_000)))
+    tables = [table for _, table in blocks_of(spec(tmp_path, prompt="${meta}", block_rows=1_000))]
+
+    assert sum(table.nbytes for table in tables) < 5_000_000
+
+
+def test_json_arrays_are_read_piece_by_piece(tmp_path, monkeypatch):
+    """Whatever stands at the end of a piece."""
+    monkeypatch.setattr(json_text, "_READ_CHARACTERS", 5)
+    rows = [{"text": "a, ]b", "n": i, "o": {"x": [1, {"y": "]"}]}} for i in range(20)]
+    write(tmp_path, "a.json", json.dumps(rows, indent=1))
+
+    assert [(row["text"], row["n"], json.loads(row["o"])) for row in rows_of(spec(tmp_path))] == [
+        tuple(row.values()) for row in rows
+    ]
+
+
+def test_json_escapes_of_half_a_character_stay_as_they_are_written(tmp_path):
+    """They are no text, but no reason to refuse the file; a whole pair is a character."""
+    write(tmp_path, "a.jsonl", '{"text": "a\\ud83d b", "more": ["\\uDC00"]}\n{"text": "\\ud83d\\ude00"}\n')
+
+    assert [(row["text"], row["more"]) for row in rows_of(spec(tmp_path))] == [
+        ("a\\ud83d b", ["\\udc00"]),
+        ("\U0001f600", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("bad.parquet", b"PAR1 not really", "cannot read .*bad.parquet as parquet"),
+        ("bad.jsonl", b'{"text": "x"}\n{"text": \n', "cannot read .*bad.jsonl as jsonl: line 2"),
+        ("list.jsonl", b"\n1\n", "line 2: expected an object, found int"),
+        ("open.json", b'[{"text": "x"},', "cannot read .*open.json as jsonl: element 2"),
+        ("bad.csv", b"text,n\nx,1\ny\n", "cannot read .*bad.csv as csv: .*Expected 2 columns, got 1"),
+        ("bad.txt", b"\xff\xfe\xfa", "cannot read .*bad.txt as text"),
+        ("cut.csv.gz", gzip.compress(CSV.encode() * 100)[:-20], "cannot read .*cut.csv.gz as csv"),
+        ("cut.jsonl.zst", zstd(JSONL.encode() * 100)[:-9], "cannot read .*cut.jsonl.zst as jsonl"),
+        ("deep.jsonl", b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "cannot read .*deep.jsonl as jsonl: line 1"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path, name, content, reason):
+    """With its place and the reader's own words."""
+    write(tmp_path, name, content)
+
+    with pytest.raises(BatchError, match=reason):
+        rows_of(spec(tmp_path, prompt="q"))
+
+
+# --- columns ----------------------------------------------------------------------------------------------------
+
+
+def invalid_utf8():
+    return pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"ok\xff")]
+    )
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        invalid_utf8(),
+        pa.array([0, 10**18], pa.timestamp("us")),
+        pa.array([0, 1], pa.timestamp("us", tz="Nowhere/City")),
+        pa.array(["a", "b"], pa.string_view()),
+        pa.array([["a"], ["b"]], pa.list_(pa.string_view())),
+        pa.array([[1.0] * 1536] * 2, pa.list_(pa.float32(), 1536)),
+        pa.array([{"a": 1}, None]),
+        pa.array(["a", "a"]).dictionary_encode(),
+        pa.array([b"\xff", None]),
+        pa.array([float("nan"), float("inf")]),
+        pa.array([1, None], pa.decimal128(30, 2)),
+    ],
+    ids=lambda column: str(column.type),
+)
+@pytest.mark.parametrize("output_format", ["parquet", "jsonl"])
+def test_a_column_that_nobody_needs_cannot_hurt(tmp_path, column, output_format):
+    """It passes by as it is; the rows are answered."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x", "y"], "odd": column}))
+    report = attempt(spec(tmp_path, output_format=output_format))
+
+    assert (report.rows_written, report.rows_quarantined) == (2, 0)
+    (part,) = (tmp_path / "out").glob("part-*")
+    if output_format == "parquet":
+        written = pq.read_table(part)["odd"]
+        before = pa.chunked_array([column])
+        assert written.type.equals(before.type) or "view" in str(before.type)
+        assert written.cast(before.type).equals(before) or pc.any(pc.is_nan(before)).as_py()
+    else:
+        rows = [json.loads(line, parse_constant=pytest.fail) for line in part.read_text().splitlines()]
+        assert [row["text"] for row in rows] == ["x", "y"]
+
+
+@pytest.mark.parametrize("column", [invalid_utf8(), pa.array([0, 10**18], pa.timestamp("us"))], ids=["text", "time"])
+def test_a_value_that_a_template_needs_and_python_does_not_know_fails_its_row(tmp_path, column):
+    """The others are answered."""
+    write(tmp_path, "a.parquet", pa.table({"text": column}))
+    report = attempt(spec(tmp_path, error_budget=0.5))
+
+    assert (report.rows_written, report.failures) == (1, {"unreadable_value": 1})
+
+
+def test_what_cannot_be_written_is_refused_before_the_first_row(tmp_path, monkeypatch):
+    """Naming the column."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x"]}))
+    plan = make_plan(spec(tmp_path), print)
+    interval = pa.field("odd", pa.month_day_nano_interval())
+
+    def with_interval(task, say):
+        return type(plan)(plan.fragments, plan.schema.append(interval), plan.how, plan.block_rows)
+
+    with pytest.raises(BatchError, match=r"the column 'odd' is of type month_day_nano.*columns="):
+        attempt(spec(tmp_path), ask=pytest.fail, plan_of=with_interval)
+
+
+def test_columns_are_checked_in_every_file_before_anything_is_asked(tmp_path):
+    """Missing ones are named beside those that are there; none of the source's is overwritten."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x"], "a": [1]}))
+    with pytest.raises(BatchError, match="no column 'n', 'z'|no column 'z', 'n'"):
+        make_plan(spec(tmp_path, prompt="${z}", columns=["n"]), print)
+    with pytest.raises(BatchError, match="output_column 'a' is a column of the source"):
+        make_plan(spec(tmp_path, output_column="a"), print)
+    make_plan(spec(tmp_path, output_column="a", columns=["text"]), print)
+
+    write(tmp_path, "b.parquet", pa.table({"text": ["x"], "response": [1]}))
+    with pytest.raises(BatchError, match=r"output_column 'response' is a column of the source \(file.*b\.parquet\)"):
+        make_plan(spec(tmp_path), print)
+    write(tmp_path, "b.parquet", pa.table({"other": ["x"]}))
+    with pytest.raises(BatchError, match=r"no column 'text'; it has other \(file.*b\.parquet\)"):
+        make_plan(spec(tmp_path), print)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", b"text,text\nx,y\n"), ("a.csv.gz", gzip.compress(b"text,text\nx,y\n"))],
+)
+def test_two_columns_of_one_name(tmp_path, name, content):
+    """Nothing could tell which is meant."""
+    write(tmp_path, name, content)
+    with pytest.raises(BatchError, match=r"a\.csv.* has several columns of the name 'text'"):
+        make_plan(spec(tmp_path), print)
+    write(tmp_path, name, b"x")
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    (tmp_path / "in" / name).unlink()
+    write(tmp_path, "a.parquet", table)
+    with pytest.raises(BatchError, match="several columns of the name 'text'"):
+        make_plan(spec(tmp_path), print)
+
+
+def test_files_with_different_columns_make_parts_of_one_schema(tmp_path):
+    """Of the type that holds both; what no type holds is refused, and does not matter where it is left out."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x"], "n": pa.array([1], pa.int32()), "odd": ["s"]}))
+    write(tmp_path, "b.parquet", pa.table({"n": pa.array([2.5]), "text": pa.array(["y"], pa.large_string())}))
+    attempt(spec(tmp_path, block_rows=1))
+
+    tables = [pq.read_table(part) for part in sorted((tmp_path / "out").glob("part-*"))]
+    assert len({table.schema for table in tables}) == 1
+    assert [table["n"].to_pylist() for table in tables] == [[1.0], [2.5]]
+
+    write(tmp_path, "c.parquet", pa.table({"text": ["z"], "n": [1], "odd": [7]}))
+    with pytest.raises(
+        BatchError, match=r"the column 'odd' is of type string in .*a\.parquet and of type int64 in .*c\.p"
+    ):
+        make_plan(spec(tmp_path), print)
+    assert make_plan(spec(tmp_path, columns=["text"]), print).rows == 3
+
+
+def test_columns_of_the_path(tmp_path):
+    """Hive's: part of the row, decoded, text as it is written; what the file says itself goes before."""
+    write(tmp_path, "day=01/region=a%20b/p.parquet", pa.table({"text": ["x"]}))
+    write(tmp_path, "day=02/region=__HIVE_DEFAULT_PARTITION__/p.parquet", pa.table({"text": ["y"], "day": ["own"]}))
+    attempt(spec(tmp_path, prompt="${text} ${day}", block_rows=1))
+
+    rows = [row for part in sorted((tmp_path / "out").glob("part-*")) for row in pq.read_table(part).to_pylist()]
+    assert [(row["day"], row["region"], row["response"]) for row in rows] == [
+        ("01", "a b", "X 01"),
+        ("own", None, "Y OWN"),
+    ]
+
+
+def test_only_needed_columns_are_read(tmp_path):
+    """Unless a row function may look at any."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x"], "a": [1], "b": [2], "raylm_prompt_tokens": [3]}))
+
+    assert make_plan(spec(tmp_path), print).schema.names == ["text", "a", "b"]
+    assert make_plan(spec(tmp_path, columns=["a"]), print).schema.names == ["text", "a"]
+    assert make_plan(spec(tmp_path, columns=["a"], preprocess="m:f"), print).schema.names == ["text", "a", "b"]
+
+
+# --- ids --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        (pa.array([7, 8]), ["7", "8"]),
+        (pa.array([uuid.UUID(int=1).bytes, uuid.UUID(int=2).bytes], pa.binary(16)), [f"{n:032x}" for n in (1, 2)]),
+        (pa.array([b"\xff", b"a"]), ["ff", "61"]),
+        (pa.array(["u", "v"]).dictionary_encode(), ["u", "v"]),
+        (pa.array(["u", "v"], pa.string_view()), ["u", "v"]),
+    ],
+)
+def test_an_id_column_is_used(tmp_path, values, texts):
+    """As text; bytes, such as a UUID's, as hexadecimal digits."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x", "y"], "key": values}))
+
+    assert [row[ROW_ID] for row in rows_of(spec(tmp_path, id_column="key"))] == texts
+    assert [row[ROW_ID] for row in rows_of(spec(tmp_path, id_column="key", columns=["text"]))] == texts
+
+
+def test_an_id_column_that_cannot_be_one(tmp_path):
+    """Null, a struct, or not in one of the files."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x", "y"], "key": [7, None], "s": [{"a": 1}] * 2}))
+    with pytest.raises(BatchError, match=r"a\.parquet: the id column 'key' is null in 1 rows"):
+        make_plan(spec(tmp_path, id_column="key"), print)
+    with pytest.raises(BatchError, match=r"a\.parquet: the column 's' is of type struct.*cannot be an id"):
+        make_plan(spec(tmp_path, id_column="s"), print)
+    with pytest.raises(BatchError, match="no column 'k', which id_column names; it has text, key, s"):
+        make_plan(spec(tmp_path, id_column="k"), print)
+
+
+@pytest.mark.parametrize("rows", [3, 60_000])
+@pytest.mark.parametrize("held", [1_000_000, 10])
+def test_ids_of_a_column_must_be_unique(tmp_path, monkeypatch, rows, held):
+    """Two outputs over one source carry the same ids: noticed before anything is paid for, in bounded memory."""
+    monkeypatch.setattr(ids, "_HELD", held)
+    monkeypatch.setattr(ids.Seen.__init__, "__defaults__", (held,))
+    for name, shift in (("a", 0), ("b", rows)):
+        table = pa.table({"text": ["x"] * rows, ROW_ID: [f"0-{i + shift}" for i in range(rows)]})
+        write(tmp_path, f"{name}.parquet", table)
+    assert make_plan(spec(tmp_path), print).rows == 2 * rows
+
+    write(tmp_path, "c.parquet", pa.table({"text": ["x"], ROW_ID: ["0-1"]}))
+    with pytest.raises(BatchError, match="ids of the column 'raylm_row_id' stand on several rows, '0-1' for one"):
+        make_plan(spec(tmp_path), print)
+
+
+def test_two_ids_may_share_a_hash(tmp_path, monkeypatch):
+    """That is no reason to refuse them."""
+    monkeypatch.setattr(ids, "hash_array", lambda values, categorize: __import__("numpy").zeros(len(values), "uint64"))
+    write(tmp_path, "a.parquet", pa.table({"text": ["x", "y"], "key": [7, 8]}))
+
+    assert make_plan(spec(tmp_path, id_column="key"), print).rows == 2
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_ids_of_an_earlier_task_beside_a_raw_file_are_checked(tmp_path, format):
+    """Made ids and kept ones may be the same."""
+    for name, columns in (("a", {"text": ["x", "y"]}), ("b", {"text": ["z"], ROW_ID: ["00000-000000001"]})):
+        table = pa.table(columns)
+        lines = "\n".join(json.dumps(row) for row in table.to_pylist())
+        write(tmp_path, f"{name}.{format}", table if format == "parquet" else lines)
+
+    with pytest.raises(BatchError, match="'00000-000000001' for one"):
+        make_plan(spec(tmp_path), print)
+
+
+def test_an_earlier_tasks_ids_are_kept_and_its_counts_dropped(tmp_path):
+    """So that outputs of a chain can be joined on the id."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x"], ROW_ID: ["00003-7"], "raylm_prompt_tokens": [3]}))
+
+    assert rows_of(spec(tmp_path)) == [{"text": "x", ROW_ID: "00003-7"}]
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_folders_globs_hidden_files_and_files_of_other_kinds(tmp_path):
+    """What a manifest or a quarantine keeps beside the rows is no input, nor is what tells no format."""
+    for name in ("a.txt", "deep/b.txt", "_quarantine/c.txt", ".d.txt", "_SUCCESS", "README.md", "deep/x.crc"):
+        write(tmp_path, name, "x\n")
+    said = []
+
+    def names(source, **fields):
+        plan = make_plan(spec(tmp_path, source=source, **fields), said.append)
+        return [fragment.file.uri.removeprefix(f"file://{tmp_path}/in/") for fragment in plan.fragments]
+
+    folder = str(tmp_path / "in")
+    assert names(folder) == ["a.txt", "deep/b.txt"]
+    assert said == [f"2 files in {folder} are left out: their suffixes tell no format that is read"]
+    assert names(f"{folder}/*.txt") == ["a.txt"]
+    assert names(f"{folder}/**/*.txt") == ["a.txt", "deep/b.txt"]
+    assert names(f"{folder}/_quarantine/*.txt") == ["_quarantine/c.txt"]
+    assert names([f"file://{folder}/a.txt", folder]) == ["a.txt", "deep/b.txt"]
+    assert names(f"{folder}/README.md", source_format="text") == ["README.md"]
+    with pytest.raises(BatchError, match=r"README\.md: unknown suffix"):
+        names(f"{folder}/README.md")
+    with pytest.raises(BatchError, match="has no file of a format that is read"):
+        names(f"{folder}/*.md")
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("a.parquet", ("parquet", None)),
+        ("a.b/c.JSONL", ("jsonl", None)),
+        ("x.csv.gz", ("csv", "gzip")),
+        ("x.TSV.Zst", ("csv", "zstd")),
+        ("x.json.bz2", ("jsonl", "bz2")),
+        ("x.gz", None),
+        ("x.bin", None),
+        ("_SUCCESS", None),
+    ],
+)
+def test_format_and_compression_follow_from_the_suffixes(path, told):
+    """In any case; what the author says goes before the format, not before the compression."""
+    assert format_of(path, None) == told
+    assert format_of("x.bin.gz", "text") == ("text", "gzip")
+
+
+@pytest.mark.parametrize("source", ["{}/nothing-here", "{}/*.parquet"])
+def test_a_source_that_matches_nothing_is_named(tmp_path, source):
+    """A misspelt path must not look like an empty day."""
+    with pytest.raises(BatchError, match="matches no file"):
+        make_plan(spec(tmp_path, source=source.format(tmp_path)), print)
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "quarantine"),
+    [
+        ("{}/in", "{}/in/out", None),
+        ("{}/in/", "{}/in", None),
+        ("{}/in", "{}/in/../in/out", None),
+        ("{}/*/*.txt", "{}/in", None),
+        ("{}/**", "{}/elsewhere", None),
+        ("{}/in/a.txt", "{}/in", None),
+        ("{}/in", "{}/out", "{}/in/failed"),
+        ("{}/in/a.txt", "{}/out", "{}/in"),
+    ],
+)
+def test_an_output_within_its_source_is_refused(tmp_path, source, output, quarantine):
+    """Before anything starts, by any spelling: a retry would read its own answers."""
+    write(tmp_path, "a.txt", "x\n")
+    fields = {"source": source.format(tmp_path), "output": output.format(tmp_path)}
+    fields |= {"quarantine": quarantine.format(tmp_path)} if quarantine else {}
+
+    with pytest.raises((BatchError, SpecError), match="source"):
+        make_plan(spec(tmp_path, **fields), print)
+    with pytest.raises(SpecError, match="is the output, too"):
+        spec(tmp_path, quarantine=f"{tmp_path}/out/")
+
+
+def test_an_output_beside_its_source_is_not(tmp_path):
+    """Names may begin alike, and what is hidden is not read."""
+    write(tmp_path, "a.txt", "x\n")
+
+    for output in ("in-out", "in/_out", "i"):
+        assert make_plan(spec(tmp_path, output=str(tmp_path / output)), print).rows == 1
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------
+
+
+def test_ids_restore_the_order_of_several_files(tmp_path):
+    """Sorting by id is sorting by file and position, whatever the block size."""
+    for name in ("b", "a"):
+        write(tmp_path, f"{name}.parquet", pa.table({"text": [f"{name}{i}" for i in range(5)]}))
+    rows = rows_of(spec(tmp_path, block_rows=2))
+
+    assert [row["text"] for row in sorted(rows, key=lambda row: row[ROW_ID])] == [
+        f"{n}{i}" for n in "ab" for i in range(5)
+    ]
+
+
+def test_small_files_share_a_block(tmp_path):
+    """Whole and in order, never more than block_rows; where a block begins names it."""
+    for name, rows in {"a.csv": "1\n2\n3\n", "b.csv": "4\n", "c.csv": "", "d.csv": "5\n", "e.csv": "6\n7\n"}.items():
+        write(tmp_path, name, f"text\n{rows}")
+    task = spec(tmp_path, block_rows=2)
+
+    assert [(name, table["text"].to_pylist()) for name, table in blocks_of(task)] == [
+        ("00000-000000000", ["1", "2"]),
+        ("00000-000000002", ["3"]),
+        ("00001-000000000", ["4", "5"]),
+        ("00004-000000000", ["6", "7"]),
+    ]
+    assert [name for name, _ in blocks_of(task, {"00000-000000000", "00001-000000000"})] == [
+        "00000-000000002",
+        "00004-000000000",
+    ]
+
+
+def test_twenty_thousand_tiny_files_are_not_so_many_blocks(tmp_path):
+    """Packed by the plan, without opening them again."""
+    for i in range(300):
+        write(tmp_path, f"{i:03d}.txt", "x\n" * 10)
+    plan = make_plan(spec(tmp_path, block_rows=256), print)
+
+    assert len(list(plan.blocks())) == 12
+    assert next(plan.blocks()) == Block(tuple(range(25)), 0, 250)
+
+
+def test_row_groups_that_are_done_are_not_read(tmp_path):
+    """A block is read from the row groups that have its rows."""
+    table = pa.table({"text": [str(i) for i in range(100)]})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in" / "a.parquet", row_group_size=7)
+    task = spec(tmp_path, block_rows=10)
+    done = {f"00000-{first:09d}" for first in range(0, 100, 10)} - {"00000-000000040", "00000-000000090"}
+
+    assert [(name, t["text"].to_pylist()) for name, t in blocks_of(task, done)] == [
+        (f"00000-{first:09d}", [str(i) for i in range(first, first + 10)]) for first in (40, 90)
+    ]
+
+
+@pytest.mark.parametrize("limit", [1, 5, 12, 4_999, 6_000])
+def test_a_limit_is_the_first_rows_of_the_plan(tmp_path, limit):
+    """For a trial; also where only reading tells how many rows a file has."""
+    write(tmp_path, "a.parquet", pa.table({"text": [f"{i}" for i in range(10)]}))
+    write(tmp_path, "b.txt", "".join(f"{i} {'x' * 20}\n" for i in range(5_000)))
+    write(tmp_path, "c.txt", "last\n")
+    task = spec(tmp_path, limit=limit, block_rows=4)
+
+    assert len(texts_of(task)) == min(limit, 5_011)
+    assert texts_of(task) == texts_of(spec(tmp_path, block_rows=4))[:limit]
+    assert attempt(task).rows_in == min(limit, 5_011)
