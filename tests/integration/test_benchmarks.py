@@ -36,7 +36,7 @@ def test_the_single_ones(bench, monkeypatch):
     monkeypatch.setattr(benchmarks, "ROWS_PER_TASK", ROWS)
     monkeypatch.setattr(benchmarks, "CONCURRENCY_ROWS", 600)
     monkeypatch.setattr(benchmarks, "QUICK_TASKS", 1)
-    monkeypatch.setattr(benchmarks, "WINDOWS", (128,))
+    monkeypatch.setattr(benchmarks, "WINDOWS", (128, 256))
     monkeypatch.setattr(benchmarks, "TASKS_AT_A_TIME", (1, 2))
     results = {name: single(bench, 1, quick=True) for name, single in benchmarks.SINGLES.items()}
     results["null"] = benchmarks.null(bench, (ROWS, 2 * ROWS))
@@ -58,7 +58,7 @@ def test_the_whole_dag(bench, monkeypatch):
 
 def test_planning_and_resume():
     """With few files and rows; what a file costs is one request."""
-    assert planning.planning(200)["ratios"]["requests_per_file"] <= 2
+    assert planning.planning(300)["ratios"]["requests_per_file"] <= 2
     assert planning.resume(1_000_000)["ratios"]["peak_rss_mb"] < 1024
 
 

@@ -203,7 +203,7 @@ def test_a_second_run_redoes_only_what_is_missing(infer, source, texts, offline,
     assert again["fingerprint"] == first["fingerprint"]
 
     manifest = tmp_path / "out" / "_manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "report": None}))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "state": "writing", "report": None}))
     part = sorted((tmp_path / "out").glob("part-*"))[0]
     lost = pq.read_table(part).num_rows
     part.unlink()

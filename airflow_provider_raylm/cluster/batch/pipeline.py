@@ -119,19 +119,21 @@ class AnswerAndWrite:
     """The stage's actor: a block is written in the thread that got its answers, so an answer is safe at once."""
 
     def __init__(self, reference: ray.ObjectRef[Work]) -> None:
-        self._work = work = ray.get(reference)
-        spec, ref = work.spec, work.ref
-        handle = serve.get_deployment_handle(ref.deployment, ref.application)
-        wait = until_well(handle, ref, spec.engine_timeout)
-        self._window = window(spec.in_flight_rows, work.plan.block_rows, ref.replicas * meet(handle, wait))
-        calls = Calls(partial(engine.require_there, ref))
-        me = ray.get_runtime_context().current_actor
-        ask = Recovery(through_handle(handle, spec.request_timeout, calls, me), wait)
-        self._answerer = BlockAnswerer(spec, ref.model, once(ask) if spec.deduplicate else ask)
+        # All else is done in the call: what a constructor raises, Ray Data hands on a minute later.
+        self._reference = reference
 
     def __call__(self, _: pa.Table) -> Iterator[pa.Table]:
         """Read, answer and write what is not done; yield each block's counts, in the source's order."""
-        for counts in answer_blocks(self._work, self._answerer, self._window):
+        work = ray.get(self._reference)
+        spec, ref = work.spec, work.ref
+        handle = serve.get_deployment_handle(ref.deployment, ref.application)
+        wait = until_well(handle, ref, spec.engine_timeout)
+        at_a_time = window(spec.in_flight_rows, work.plan.block_rows, ref.replicas * meet(handle, wait))
+        calls = Calls(partial(engine.require_there, ref))
+        me = ray.get_runtime_context().current_actor
+        ask = Recovery(through_handle(handle, spec.request_timeout, calls, me), wait)
+        answerer = BlockAnswerer(spec, ref.model, once(ask) if spec.deduplicate else ask)
+        for counts in answer_blocks(work, answerer, at_a_time):
             yield pa.Table.from_pylist([counts], schema=COUNTS)
 
 
