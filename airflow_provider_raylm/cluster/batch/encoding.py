@@ -21,11 +21,27 @@ def encode(table: pa.Table, format: OutputFormat) -> bytes:
     """
     if format == "parquet":
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer)
+        pq.write_table(table, buffer, use_dictionary=_with_dictionary(table.schema))
         return bytes(buffer.getvalue())
     columns = [_json_values(column) for column in table.columns]
     rows = (dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True))
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+
+
+def _with_dictionary(schema: pa.Schema) -> bool | list[str]:
+    """Return the columns to write with a dictionary: numbers with a fraction hardly repeat.
+
+    Of 1,536 random floats per row, to try one made writing seven times as long and the file larger by a third.
+    """
+    if not any(map(_has_fractions, schema.types)):
+        return True
+    return [field.name for field in schema if not pa.types.is_nested(field.type) and not _has_fractions(field.type)]
+
+
+def _has_fractions(kind: pa.DataType) -> bool:
+    if pa.types.is_nested(kind):
+        return any(_has_fractions(kind.field(number).type) for number in range(kind.num_fields))
+    return bool(pa.types.is_floating(kind))
 
 
 def writable(schema: pa.Schema, format: OutputFormat) -> str | None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from airflow_provider_raylm.cluster.batch.columns import check_columns, check_ids, one_schema
 from airflow_provider_raylm.cluster.batch.formats import id_name, inspect, tables
@@ -69,8 +70,16 @@ class Plan:
 
         Sorting names restores the input's order.
         """
+        return f"{self._prefix(fragment)}{row:09d}"
+
+    def names(self, fragment: int, first: int, rows: int) -> pa.Array:
+        """Return the names of *rows* rows from the position *first* on."""
+        numbers = pa.array(range(first, first + rows), pa.int64()).cast(pa.string())
+        return pc.binary_join_element_wise(self._prefix(fragment), pc.utf8_lpad(numbers, 9, "0"), "")
+
+    def _prefix(self, fragment: int) -> str:
         width = max(5, len(str(len(self.fragments) - 1)))
-        return f"{fragment:0{width}d}-{row:09d}"
+        return f"{fragment:0{width}d}-"
 
     def blocks(self) -> Iterator[Block]:
         """Yield all blocks, in order."""

@@ -84,13 +84,13 @@ class _Cursor:
         self._first = first
         end = None if rows is None else first + rows
         with reading(self._fragment.file.uri, self._fragment.file.format):
-            taken = [self._conform(None, first)]
+            taken: list[pa.Table] = []
             while (end is None or self._first < end) and (table := self._table()) is not None:
                 offset = self._first - self._position
                 part = table.slice(offset, None if end is None else end - self._first)
                 taken.append(self._conform(part, self._first))
                 self._first += part.num_rows
-            return pa.concat_tables(taken)
+            return pa.concat_tables(taken) if taken else self._conform(None, first)
 
     def _table(self) -> pa.Table | None:
         """Return the table that has the first row that is wanted, or None past the end."""
@@ -117,5 +117,5 @@ class _Cursor:
         if self._id is not None and table is not None:
             ids = id_texts(self._fragment.file.uri, self._id, table[self._id])
         else:
-            ids = pa.array([self._plan.name(self._fragment.number, first + i) for i in range(count)], pa.string())
+            ids = self._plan.names(self._fragment.number, first, count)
         return pa.Table.from_arrays([*columns, ids], schema=self._plan.schema.append(pa.field(ROW_ID, pa.string())))

@@ -125,7 +125,7 @@ class BlockAnswerer:
 
     def _answered(self, table: pa.Table, block: _Block) -> pa.Table:
         live = block.live()
-        kept = table.take(pa.array(live, pa.int64()))
+        kept = _rows(table, live)
         produced = [column for *_, column in self._steps]
         if self._preprocess is None and self._postprocess is None:
             names = [name for name in table.column_names if name != ROW_ID and name not in produced]
@@ -166,11 +166,18 @@ def _column(values: list[Any], known: pa.DataType) -> pa.Array:
         return pa.array(list(map(as_text, values)) if pa.types.is_string(kind) else values, kind)
 
 
+def _rows(table: pa.Table, indices: list[int]) -> pa.Table:
+    """Return some rows of a table; all or none of them without copying, which is what most blocks need."""
+    if len(indices) in (0, table.num_rows):
+        return table.slice(0, len(indices))
+    return table.take(pa.array(indices, pa.int64()))
+
+
 def _failed(table: pa.Table, block: _Block) -> pa.Table:
     """Return the failed rows as they came, with id, reason and message: enough to read and to replay them."""
     indices = sorted(block.failed)
     return (
-        table.take(pa.array(indices, pa.int64()))
+        _rows(table, indices)
         .append_column(REASON, pa.array([block.failed[i].reason for i in indices], pa.string()))
         .append_column(MESSAGE, pa.array([block.failed[i].message for i in indices], pa.string()))
     )
