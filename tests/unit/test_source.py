@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from airflow_provider_raylm.cluster.batch import ids, json_text
 from airflow_provider_raylm.cluster.batch.formats import format_of
-from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
-from airflow_provider_raylm.cluster.batch.plan import Block, make_plan
+from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, File, Fragment, Reading
+from airflow_provider_raylm.cluster.batch.plan import Block, Plan, make_plan
 from airflow_provider_raylm.cluster.batch.reader import read_blocks
 from airflow_provider_raylm.errors import BatchError, SpecError
 from airflow_provider_raylm.specs import BatchSpec, build
@@ -162,6 +164,15 @@ def test_a_json_column_has_one_type_over_all_files(tmp_path):
         {"text": "x", "i": 1, "f": 1.5, "b": True, "l": [], "s": ["k"], "mixed": "1", "big": "1"},
         {"text": None, "i": -2, "f": None, "b": None, "l": [1], "s": [None], "mixed": '{"a": "ü"}', "big": str(2**70)},
     ]
+
+
+def test_json_beside_parquet(tmp_path):
+    """Numbers of two widths are numbers, and what no type holds is the text that JSON has for it."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x"], "n": pa.array([1], pa.int32()), "odd": [1.5]}))
+    write(tmp_path, "b.jsonl", '{"text": "y", "n": 2, "odd": {"k": 2.50}}')
+    rows = rows_of(spec(tmp_path))
+
+    assert [(row["n"], row["odd"]) for row in rows] == [(1, "1.5"), (2, '{"k": 2.50}')]
 
 
 def test_reading_json_takes_time_in_proportion(tmp_path):
@@ -582,3 +593,29 @@ def test_a_limit_is_the_first_rows_of_the_plan(tmp_path, limit):
     assert len(texts_of(task)) == min(limit, 5_011)
     assert texts_of(task) == texts_of(spec(tmp_path, block_rows=4))[:limit]
     assert attempt(task).rows_in == min(limit, 5_011)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 12), max_size=12),
+    block_rows=st.integers(1, 7),
+    limit=st.none() | st.integers(1, 40),
+)
+def test_blocks_have_every_row_once(sizes, block_rows, limit):
+    """In order, none larger than it may be, each named by where it begins."""
+    file = File("a.parquet", "parquet", None, 1, "v")
+    fragments = [Fragment(number, file, rows) for number, rows in enumerate(sizes)]
+    plan = Plan(fragments, pa.schema([]), Reading(), block_rows, limit)
+    covered, names = [], []
+    for block in plan.blocks():
+        names.append(plan.name(block.fragments[0], block.first))
+        if len(block.fragments) > 1:
+            rows = [(number, row) for number in block.fragments for row in range(sizes[number])]
+        else:
+            rows = [(block.fragments[0], block.first + row) for row in range(block.rows)]
+        assert len(rows) == block.rows <= block_rows
+        covered += rows
+
+    every = [(number, row) for number, rows in enumerate(sizes) for row in range(rows)]
+    assert len(covered) == plan.rows == min(len(every), limit or len(every))
+    assert covered == every[: len(covered)]
+    assert names == sorted(set(names))

@@ -25,14 +25,14 @@ def one_schema(spec: BatchSpec, fragments: Sequence[Fragment], contents: Sequenc
     """
     wanted = _wanted(spec)
     types: dict[str, pa.Field] = {}
-    origin: dict[str, str] = {}
+    origin: dict[str, Fragment] = {}
     for schema, told, fragment in _distinct(fragments, contents):
         for field in [*plain(schema), *(pa.field(name, pa.string()) for name, _ in told)]:
             before = types.get(field.name)
             if field.name.startswith(RESERVED_PREFIX) or (wanted is not None and field.name not in wanted):
                 continue
             if before is None:
-                types[field.name], origin[field.name] = field, fragment.file.uri
+                types[field.name], origin[field.name] = field, fragment
             elif not before.type.equals(field.type):
                 types[field.name] = _common(before, field, fragment, origin[field.name])
     # Null is what JSON files say of a column in which no row has a value.
@@ -41,22 +41,26 @@ def one_schema(spec: BatchSpec, fragments: Sequence[Fragment], contents: Sequenc
 
 def _distinct(fragments: Sequence[Fragment], contents: Sequence[Contents]) -> Iterator[tuple[Any, Any, Fragment]]:
     """Yield each schema once, with the columns of the path, and a fragment that has them."""
-    seen: set[tuple[str, tuple[str, ...]]] = set()
+    seen: set[tuple[pa.Schema, tuple[str, ...]]] = set()
     for fragment, found in zip(fragments, contents, strict=True):
-        key = (str(found.schema), tuple(name for name, _ in fragment.partition))
+        key = (found.schema, tuple(name for name, _ in fragment.partition))
         if key not in seen:
             seen.add(key)
             yield found.schema, fragment.partition, fragment
 
 
-def _common(before: pa.Field, field: pa.Field, fragment: Fragment, origin: str) -> pa.Field:
-    if fragment.file.format == "jsonl":
+def _common(before: pa.Field, field: pa.Field, fragment: Fragment, origin: Fragment) -> pa.Field:
+    from_json = [one.file.format == "jsonl" for one in (origin, fragment)]
+    if all(from_json):
         return field.with_type(json_text.common(before.type, field.type))
     try:
         return pa.unify_schemas([pa.schema([before]), pa.schema([field])], promote_options="permissive").field(0)
     except pa.ArrowException:
+        if any(from_json):
+            # What JSON says can always be text, as it is written.
+            return field.with_type(pa.string())
         raise BatchError(
-            f"the column {field.name!r} is of type {before.type} in {origin} and of type {field.type} in "
+            f"the column {field.name!r} is of type {before.type} in {origin.file.uri} and of type {field.type} in "
             f"{fragment.file.uri}; no one type holds both. Leave it out (columns=), or ask the files apart."
         ) from None
 

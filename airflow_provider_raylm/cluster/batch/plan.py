@@ -89,18 +89,16 @@ class Plan:
         for fragment in self.fragments:
             if left <= 0:
                 break
-            if fragment.rows is not None and min(fragment.rows, left) + held > self.block_rows and small:
+            is_small = fragment.rows is not None and fragment.rows < self.block_rows and fragment.rows <= left
+            if small and (not is_small or held + (fragment.rows or 0) > self.block_rows):
                 yield _together(small)
                 small, held = [], 0
             if fragment.rows is None:
-                yield from ([_together(small)] if small else [])
-                small, held = [], 0
                 yield Block((fragment.number,), 0, None)
-            elif fragment.rows < self.block_rows and fragment.rows <= left:
-                if fragment.rows:
-                    small.append(fragment)
-                    held += fragment.rows
-                    left -= fragment.rows
+            elif is_small:
+                small += [fragment] if fragment.rows else []
+                held += fragment.rows
+                left -= fragment.rows
             else:
                 rows = int(min(fragment.rows, left))
                 left -= rows
