@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -60,7 +60,7 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say, redeploy: EngineSpec | None
     """
     tally = Tally()
 
-    def answers(work: Work) -> Iterator[dict[str, Any]]:
+    def answers(work: Work) -> Generator[dict[str, Any]]:
         if redeploy is not None:
             engine.redeploy(redeploy, ref, say)
         engine.wait_until_running(ref, spec.engine_timeout, say)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +46,7 @@ class Work:
 def answer_source(
     spec: BatchSpec,
     ref: EngineRef,
-    answers: Callable[[Work], Iterator[dict[str, Any]]],
+    answers: Callable[[Work], Generator[dict[str, Any]]],
     say: Say,
     tally: Tally,
     plan_of: Callable[[BatchSpec, Say], Plan] = make_plan,
@@ -80,9 +81,11 @@ def answer_source(
     say(f"{len(plan.fragments)} files, {tally.total if tally.total is not None else 'unknown'} rows to answer")
     if done:
         say(f"{done} rows are there from an earlier attempt")
-    for block in answers(Work(spec, ref, plan, output.parts, begun)):
-        tally.add(block)
-        require_hope(spec, total, tally)
+    # Closed: a stage must not write any more when the next attempt begins.
+    with closing(answers(Work(spec, ref, plan, output.parts, begun))) as blocks:
+        for block in blocks:
+            tally.add(block)
+            require_hope(spec, total, tally)
     if total is not None and (read := sum(tally.blocks.values())) != total:
         raise BatchError(f"{read} rows were read, but the source has {total}; the output is not complete.")
     report = _report(spec, ref, mark, tally, done, time.monotonic() - started)
@@ -92,7 +95,7 @@ def answer_source(
     return report
 
 
-def answer_blocks(work: Work, answerer: BlockAnswerer, at_a_time: int) -> Iterator[dict[str, Any]]:
+def answer_blocks(work: Work, answerer: BlockAnswerer, at_a_time: int) -> Generator[dict[str, Any]]:
     """Read, answer and write the blocks that are not done; yield each one's counts, in the source's order."""
 
     def answer(block: tuple[str, pa.Table]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Queue
 from typing import TypeVar
@@ -32,7 +32,7 @@ def window(in_flight_rows: int | None, block_rows: int, capacity: int) -> int:
     return max(math.ceil(2 * capacity / block_rows), LEAST_BLOCKS_IN_FLIGHT)
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], at_a_time: int) -> Iterator[Result]:
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], at_a_time: int) -> Generator[Result]:
     """Yield ``work(item)`` for all items in their order, while up to *at_a_time* are being worked on.
 
     Items are taken and worked on whether or not the caller asks for the next result: Ray Data asks when it has dealt
