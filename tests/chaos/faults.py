@@ -15,6 +15,10 @@ from tests.chaos.scene import Accounts, Scene, application, at_most_redone, kill
 from tests.chaos.witness import DEADLY, WITNESS
 
 ROWS = 5_000
+KILLED_ROWS = 10_000
+KILLS = 20
+POISONED_ROWS = 10_000
+SMALL_DISK = "128k"
 Fault = Callable[[Scene], Accounts]
 FAULTS: dict[str, Fault] = {}
 
@@ -87,7 +91,7 @@ def job_killed_twenty_times(scene):
             kill(process)
 
     # With few rows on their way: there have to be some left for twenty attempts.
-    return _killed(scene, 20, harm, within=0.3, block_rows=16, in_flight_rows=128)
+    return _killed(scene, KILLS, harm, within=0.3, block_rows=16, in_flight_rows=128)
 
 
 @fault
@@ -102,7 +106,7 @@ def job_killed_twenty_times_on_s3(scene):
         for process in [scene.driver(), scene.process("AnswerAndWrite")]:
             kill(process)
 
-    return _killed(scene, 20, harm, within=0.3, on_s3=True, block_rows=16, in_flight_rows=128)
+    return _killed(scene, KILLS, harm, within=0.3, on_s3=True, block_rows=16, in_flight_rows=128)
 
 
 @fault
@@ -127,7 +131,7 @@ def s3_overloaded(scene):
 def _killed(
     scene: Scene, kills: int, harm: Callable[[], None], within: float, on_s3: bool = False, **fields: int
 ) -> Accounts:
-    rows = 10_000
+    rows = KILLED_ROWS
     batch = scene.batch(scene.table_on_s3(rows) if on_s3 else scene.table(rows), **fields)
     with scene.accounted(batch, rows) as accounts:
         for _ in range(kills):
@@ -165,7 +169,7 @@ STRANGE = ["\x00\x01\x02", "half \ud800", {"nested": [{}]}]
 @fault
 def poison_rows(scene):
     """Five in a hundred of 10,000 rows."""
-    rows, kinds = 10_000, POISON + STRANGE
+    rows, kinds = POISONED_ROWS, POISON + STRANGE
     poison = range(0, rows, 20)
     table = scene.table(rows, lambda i: kinds[i // 20 % len(kinds)] if i in poison else f"row {i}")
     batch = scene.batch(table)
@@ -194,7 +198,7 @@ def _remount(folder: Path, options: str) -> bool:
 @fault
 def disk_full(scene):
     """The output's disk fills in the middle; the task says so, and its retry completes when there is room."""
-    with _disk(scene, "128k") as folder:
+    with _disk(scene, SMALL_DISK) as folder:
         batch = scene.batch(scene.table(ROWS), output=str(folder / "out"))
         with scene.accounted(batch, ROWS) as accounts:
             with pytest.raises(BatchError, match="No space left"):
