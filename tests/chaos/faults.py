@@ -76,6 +76,11 @@ def other_run_ends(scene):
     return accounts
 
 
+def _kill_job(scene: Scene) -> None:
+    for process in [scene.driver(), scene.process("AnswerAndWrite")]:
+        kill(process)
+
+
 @fault
 def driver_killed(scene):
     """Airflow's retry goes on. The stage's actor may finish what it has begun before Ray ends it."""
@@ -85,13 +90,8 @@ def driver_killed(scene):
 @fault
 def job_killed_twenty_times(scene):
     """The driver, and the stage's actor, which then finishes nothing."""
-
-    def harm():
-        for process in [scene.driver(), scene.process("AnswerAndWrite")]:
-            kill(process)
-
     # With few rows on their way: there have to be some left for twenty attempts.
-    return _killed(scene, KILLS, harm, within=0.3, block_rows=16, in_flight_rows=128)
+    return _killed(scene, KILLS, lambda: _kill_job(scene), within=0.3, block_rows=16, in_flight_rows=128)
 
 
 @fault
@@ -102,11 +102,7 @@ def driver_killed_on_s3(scene):
 
 @fault
 def job_killed_twenty_times_on_s3(scene):
-    def harm():
-        for process in [scene.driver(), scene.process("AnswerAndWrite")]:
-            kill(process)
-
-    return _killed(scene, KILLS, harm, within=0.3, on_s3=True, block_rows=16, in_flight_rows=128)
+    return _killed(scene, KILLS, lambda: _kill_job(scene), within=0.3, on_s3=True, block_rows=16, in_flight_rows=128)
 
 
 @fault

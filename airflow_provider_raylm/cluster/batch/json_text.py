@@ -67,7 +67,7 @@ def _lines(head: str, stream: IO[str]) -> Iterator[str]:
 def _of_array(text: str, stream: IO[str]) -> Iterator[tuple[str, str]]:
     number, at, wanted = 1, 0, _READ_CHARACTERS
     while True:
-        at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing at all, too
+        at = _past(_BETWEEN, text, at)
         if text.startswith("]", at):
             return
         problem = f"element {number}: the array is not closed"
@@ -86,6 +86,12 @@ def _of_array(text: str, stream: IO[str]) -> Iterator[tuple[str, str]]:
             raise ValueError(problem)
         # Twice as much each time: an element is not scanned again and again.
         text, at, wanted = text[at:] + more, 0, wanted * 2
+
+
+def _past(blanks: re.Pattern[str], text: str, at: int) -> int:
+    """Return the position behind the blanks that begin at *at*, if any do."""
+    match = blanks.match(text, at)
+    return match.end() if match else at
 
 
 def parse(where: str, text: str) -> Object:
@@ -189,15 +195,15 @@ def _text(value: Any, name: str, row: str) -> str | None:
 
 def _written(name: str, row: str) -> str:
     """Return a member's value as it is written in the text of its object, which has been parsed before."""
-    at = _BLANKS.match(row, row.index("{") + 1).end()  # type: ignore[union-attr]
+    at = _past(_BLANKS, row, row.index("{") + 1)
     found = ""
     while row[at] != "}":
         key, at = scanstring(row, at + 1)
-        at = _BLANKS.match(row, row.index(":", at) + 1).end()  # type: ignore[union-attr]
+        at = _past(_BLANKS, row, row.index(":", at) + 1)
         _, end = _DECODER.raw_decode(row, at)
         if _written_out(key) == name:
             found = row[at:end]
-        at = _BETWEEN.match(row, end).end()  # type: ignore[union-attr]
+        at = _past(_BETWEEN, row, end)
     return found
 
 
