@@ -2,20 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 from airflow.sdk import XComArg
+from airflow.sdk.definitions.mappedoperator import MappedOperator
 
-from airflow_provider_raylm.hooks.raylm import RayLMHook
+from airflow_provider_raylm.decorators.raylm import raylm_task
+from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.keywords import (
+    DecoratedArguments,
+    DeployArguments,
+    EngineFields,
+    InferArguments,
+    TeardownArguments,
+)
+from airflow_provider_raylm.operators.checks import FIELDS, require_own_outputs, require_rule
+from airflow_provider_raylm.operators.mapped import PartialInference
 from airflow_provider_raylm.operators.raylm import (
     BatchInferenceOperator,
     DeployEngineOperator,
     TeardownEngineOperator,
 )
-from airflow_provider_raylm.specs import BatchSpec
+
+if TYPE_CHECKING:
+    from airflow.sdk.bases.decorator import FParams, FReturn
+    from airflow.sdk.bases.decorator import Task as DecoratedTask
+    from airflow.sdk.bases.operator import BaseOperator
+
+    Task = BaseOperator | MappedOperator
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What adds inference tasks to an engine.
+
+    Attributes:
+        engine: the EngineRef.
+        defaults: arguments of its tasks, unless they say otherwise.
+    """
+
+    engine: XComArg
+    defaults: Mapping[str, Any]
+
+    def __call__(self, task_id: str, **fields: Unpack[InferArguments]) -> BatchInferenceOperator:
+        """Add an inference task.
+
+        Args:
+            task_id: the task's id, and the output column unless ``output_column`` or ``steps`` is given.
+            **fields: BatchSpec's fields, and ``prompt_file``, the name of a file with the prompt; any other is an
+                argument of the task (``retries``, ``outlets``, ...).
+
+        Raises:
+            SpecError: a field that is known when the DAG is parsed is bad.
+        """
+        batch, arguments = self._split(task_id, fields)
+        return BatchInferenceOperator(task_id=task_id, batch=batch, **arguments)
+
+    def partial(self, task_id: str, **fields: Unpack[InferArguments]) -> PartialInference:
+        """Return an inference task without the fields that its ``expand`` or ``expand_kwargs`` maps.
+
+        Args:
+            task_id: see ``infer``.
+            **fields: see ``infer``. Each of the tasks needs an ``output`` of its own: a mapped one, or one with
+                ``{{ ti.map_index }}``.
+
+        Raises:
+            SpecError: a field that is known when the DAG is parsed is bad.
+        """
+        return PartialInference(task_id, *self._split(task_id, fields))
+
+    def _split(self, task_id: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        batch = {name: value for name, value in fields.items() if name in FIELDS}
+        if "steps" not in batch:
+            batch.setdefault("output_column", task_id)
+        arguments = {name: value for name, value in fields.items() if name not in batch}
+        return batch, {**self.defaults, "engine": self.engine, **arguments}
 
 
 @dataclass(frozen=True)
@@ -25,47 +89,58 @@ class SharedEngine:
     Attributes:
         name: the engine's name.
         deploy: the setup task.
-        raylm_conn_id: connection of all its tasks.
+        teardown: the teardown task.
         redeploy: the engine's spec if its tasks deploy it again when it is gone.
+        storage_conn_id: of its tasks, unless they say otherwise.
     """
 
     name: str
     deploy: DeployEngineOperator
-    raylm_conn_id: str
+    teardown: TeardownEngineOperator
     redeploy: dict[str, Any] | None = None
+    storage_conn_id: str | Sequence[str] | None = None
 
     @property
     def ref(self) -> XComArg:
-        """The EngineRef, for operators made by hand: ``BatchInferenceOperator(engine=engine.ref, ...)``."""
+        """The EngineRef, for operators made by hand (``BatchInferenceOperator(engine=engine.ref, ...)``)."""
         return self.deploy.output
 
-    def infer(self, task_id: str, **fields: Any) -> BatchInferenceOperator:
-        """Add an inference task on this engine.
+    @property
+    def infer(self) -> Inference:
+        """Adds inference tasks on this engine: ``infer(task_id, ...)``, ``infer.partial(task_id, ...).expand(...)``."""
+        return Inference(self.ref, {"redeploy": self.redeploy, "storage_conn_id": self.storage_conn_id})
+
+    @overload
+    def task(self, python_callable: Callable[FParams, FReturn]) -> DecoratedTask[FParams, FReturn]: ...
+
+    @overload
+    def task(
+        self, python_callable: None = None, **arguments: Unpack[DecoratedArguments]
+    ) -> Callable[[Callable[FParams, FReturn]], DecoratedTask[FParams, FReturn]]: ...
+
+    def task(self, python_callable: Callable[..., Any] | None = None, **arguments: Any) -> Any:
+        """Make an inference task on this engine of a function that returns its BatchSpec: ``@engine.task``.
 
         Args:
-            task_id: the task's id, and the output column unless ``output_column`` or ``steps`` is given.
-            **fields: BatchSpec's fields; any other is an argument of the task (``retries``, ``outlets``, ...).
-
-        Raises:
-            SpecError: a field that is known when the DAG is parsed is bad.
+            python_callable: the function; with arguments, what this returns takes it.
+            **arguments: see ``RayLMDecoratedOperator``.
         """
-        batch = {name: value for name, value in fields.items() if name in BatchSpec.model_fields}
-        arguments = {name: value for name, value in fields.items() if name not in batch}
-        if "steps" not in batch:
-            batch.setdefault("output_column", task_id)
-        arguments.setdefault("raylm_conn_id", self.raylm_conn_id)
         arguments.setdefault("redeploy", self.redeploy)
-        return BatchInferenceOperator(task_id=task_id, engine=self.ref, batch=batch, **arguments)
+        arguments.setdefault("storage_conn_id", self.storage_conn_id)
+        return raylm_task(python_callable, engine=self.ref, **arguments)
 
 
 @contextmanager
 def shared_engine(
     name: str,
     *,
-    raylm_conn_id: str = RayLMHook.default_conn_name,
+    raylm_conn_id: str | None = None,
     replace: bool = False,
     redeploy: bool = False,
-    **fields: Any,
+    storage_conn_id: str | Sequence[str] | None = None,
+    deploy_args: DeployArguments | None = None,
+    teardown_args: TeardownArguments | None = None,
+    **fields: Unpack[EngineFields],
 ) -> Iterator[SharedEngine]:
     """Give the DAG one engine that lives as long as the tasks inside the ``with`` need it.
 
@@ -74,21 +149,64 @@ def shared_engine(
 
     Args:
         name: the engine's name; the tasks are ``deploy_<name>`` and ``teardown_<name>``.
-        raylm_conn_id: connection to the Ray cluster.
+        raylm_conn_id: connection to the Ray cluster, of all tasks on this engine; None for that of the DAG's
+            ``default_args``, else the hook's default.
         replace: see DeployEngineOperator.
         redeploy: let a task made by ``infer`` deploy the engine again when it is gone; see BatchInferenceOperator.
+        storage_conn_id: of the tasks that ``infer`` and ``task`` make; see BatchInferenceOperator.
+        deploy_args: further arguments of the deploy task, such as ``retries``, ``pool`` or ``deferrable``.
+        teardown_args: of the teardown task, also ``on_busy`` and ``drain_timeout``.
         **fields: EngineSpec's fields.
 
     Raises:
-        SpecError: a field that is known when the DAG is parsed is bad.
+        SpecError: a field that is known when the DAG is parsed is bad, or the DAG has an engine of that name.
     """
     spec = {"name": name, **fields}
-    deploy = DeployEngineOperator(task_id=f"deploy_{name}", engine=spec, replace=replace, raylm_conn_id=raylm_conn_id)
-    teardown = TeardownEngineOperator(task_id=f"teardown_{name}", engine=name, raylm_conn_id=raylm_conn_id)
+    connection = {} if raylm_conn_id is None else {"raylm_conn_id": raylm_conn_id}
+    deploy = DeployEngineOperator(
+        task_id=f"deploy_{name}", engine=spec, replace=replace, **{**connection, **(deploy_args or {})}
+    )
+    _require_only(name, deploy)
+    teardown = TeardownEngineOperator(
+        task_id=f"teardown_{name}",
+        engine=name,
+        **cast("dict[str, Any]", {"raylm_conn_id": deploy.raylm_conn_id, **(teardown_args or {})}),
+    )
+    others = set(deploy.dag.task_ids)
     with teardown.as_teardown(setups=deploy):
-        yield SharedEngine(name, deploy, raylm_conn_id, redeploy=spec if redeploy else None)
-    # Airflow's own context leaves mapped tasks out: without this the engine would go before they are done.
-    users = [task for task in deploy.get_flat_relatives(upstream=False) if task is not teardown]
-    for task in users:
-        if not any(follower in users for follower in task.downstream_list):
+        yield SharedEngine(name, deploy, teardown, spec if redeploy else None, storage_conn_id)
+    _enclose(deploy, teardown, [task for task in deploy.dag.tasks if task.task_id not in others])
+
+
+def _require_only(name: str, deploy: DeployEngineOperator) -> None:
+    """Refuse a second engine of one name in a DAG, in another task group: a run's engines are known by their names.
+
+    Raises:
+        SpecError: there is one.
+    """
+    for task in deploy.dag.tasks:
+        spec = task.engine if isinstance(task, DeployEngineOperator) and task is not deploy else None
+        if isinstance(spec, dict) and spec.get("name") == name:
+            raise SpecError(
+                f"{deploy.task_id}: {task.task_id} deploys an engine named {name!r} already. Both would be one engine, "
+                "which the first teardown takes from the other: give it another name, or share it."
+            )
+
+
+def _enclose(deploy: Task, teardown: Task, inside: Sequence[Task]) -> None:
+    """Have all tasks that were made inside, and all that use the engine, run between its start and its end.
+
+    Airflow's own context leaves mapped tasks out.
+    """
+    # Those of a context around this one.
+    after = {task.task_id for task in teardown.get_flat_relatives(upstream=False)}
+    users = {task.task_id: task for task in (*inside, *deploy.get_flat_relatives(upstream=False))}
+    users = {name: task for name, task in users.items() if name not in {*after, teardown.task_id}}
+    for task in users.values():
+        require_rule(task, [deploy] if deploy.task_id in task.upstream_task_ids else [])
+        if isinstance(task, MappedOperator):
+            require_own_outputs(task)
+        if not task.upstream_task_ids & {*users, deploy.task_id}:
+            task.set_upstream(deploy)
+        if not task.downstream_task_ids & {*users, teardown.task_id}:
             task.set_downstream(teardown)

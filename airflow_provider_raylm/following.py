@@ -7,54 +7,132 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from airflow_provider_raylm.errors import ClusterError
-from airflow_provider_raylm.polling import SUCCEEDED, TERMINAL, Ended, JobInfo, Lost, Unreachable, Wait, Watch, decide
-from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
-from airflow_provider_raylm.wire import SAID, outcome
+from airflow_provider_raylm.polling import (
+    FAILED,
+    OUTAGE_LIMIT_S,
+    PENDING,
+    PENDING_TIMEOUT_S,
+    SUCCEEDED,
+    TERMINAL,
+    Ended,
+    Expired,
+    JobInfo,
+    Lost,
+    Unreachable,
+    Wait,
+    Watch,
+    decide,
+    is_overdue,
+)
+from airflow_provider_raylm.ray_jobs import FollowedJobs, JobRequest, RayJobs
+from airflow_provider_raylm.wire import has_outcome, outcome, said
 
+# Of a log that grows; what a job says between two looks, with the noise around it, and then what it has ever said.
+LOOK_LINES = (40, 1000, None)
+# A job's outcome is its last line but for what libraries say when it ends.
+LAST_LINES = 200
 STOP_TIMEOUT_S = 60.0
 STOP_PERIOD_S = 0.5
+RETRY_PERIOD_S = 1.0
+# From a task's own process. One that is told to end has less: Airflow kills it after five seconds.
+STOP_OUTAGE_LIMIT_S = 40.0
 
 Say = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 class Stopped(ClusterError):
     """The job was stopped before its end: by the user, or because the task was told to end."""
 
 
-def submit_or_attach(jobs: RayJobs, request: Callable[[int], JobRequest], say: Say, take_result: bool = False) -> str:
+def patiently(
+    call: Callable[[], Result],
+    say: Say,
+    limit: float = OUTAGE_LIMIT_S,
+    pause: Callable[[float], object] = time.sleep,
+) -> Result:
+    """Return what *call* returns, trying again while the cluster is silent. Ids make that safe for whatever it asks.
+
+    Args:
+        call: one request.
+        say: receives a line when the silence begins, and one when it is over.
+        limit: seconds of silence that are borne.
+        pause: waits for some seconds; what it raises ends this.
+
+    Raises:
+        Unreachable: the silence was longer.
+    """
+    since = None
+    while True:
+        try:
+            result = call()
+        except Unreachable as error:
+            now = time.monotonic()
+            if since is None:
+                since = now
+                say(f"{error} Trying again for {limit:g} s.")
+            if now - since >= limit:
+                raise
+            pause(RETRY_PERIOD_S)
+        else:
+            if since is not None:
+                say(f"an answer again after {time.monotonic() - since:.0f} s")
+            return result
+
+
+def submit_or_attach(
+    jobs: RayJobs,
+    request: Callable[[int], JobRequest],
+    say: Say,
+    take_result: bool = False,
+    pending_timeout: float = PENDING_TIMEOUT_S,
+    pause: Callable[[float], object] = time.sleep,
+) -> str:
     """Return the submission id of the job to follow: the one that is running for this task, else a new one.
 
-    A job with other metadata is of before the task was cleared: it is stopped, if it still runs.
+    A job with other metadata is of before the task was cleared: it is stopped, if it still runs. One that has not
+    started in time is told to stop, and left behind: Ray stops it when it starts, and no sooner. A silent cluster is
+    borne, as while a job is followed.
 
     Args:
         jobs: the cluster.
         request: makes the request of the n-th attempt; equal but for the id.
         say: receives a line about what was done.
         take_result: rather than a new job take the last one, if that has succeeded and nobody had its result.
+        pending_timeout: seconds that a job may wait to start.
+        pause: waits for some seconds; what it raises ends this.
 
     Raises:
-        ClusterError: an old job does not stop.
+        ClusterError: an old job does not stop, or the cluster stays silent.
     """
+    ask = partial(patiently, say=say, pause=pause)
     succeeded = None
     for attempt in itertools.count(1):
         candidate = request(attempt)
         name = candidate.submission_id
-        job = jobs.get(name)
+        job = ask(partial(jobs.get, name))
         current = job is not None and job.metadata == candidate.metadata
         if job is not None and job.status in TERMINAL:
             succeeded = name if current and job.status == SUCCEEDED else None
             continue
         if job is not None and not current:
             say(f"stopping Ray job {name}, which runs since before the task was cleared")
-            _stop(jobs, name)
+            _stop(jobs, name, ask)
             continue
-        if job is None and succeeded is not None and take_result:
+        if job is not None and is_overdue(job, pending_timeout, time.time()):
+            say(f"Ray job {name} has not started in time: it is told to stop, and left behind")
+            ask(partial(jobs.stop, name))
+            continue
+        # Ray deletes logs, and with them results: then it is asked again, which finds what is done already.
+        last = partial(jobs.logs, succeeded or "", LAST_LINES)
+        if job is None and succeeded is not None and take_result and has_outcome(ask(last)):
             say(f"Ray job {succeeded} has succeeded already, for an attempt that did not live to see it")
             return succeeded
-        if job is None and jobs.submit(candidate):
+        if job is None and ask(partial(jobs.submit, candidate)):
             say(f"submitted Ray job {name} to {jobs.dashboard_url}")
         else:
             say(f"attached to Ray job {name}, which is running already")
@@ -62,12 +140,14 @@ def submit_or_attach(jobs: RayJobs, request: Callable[[int], JobRequest], say: S
     raise AssertionError("unreachable")
 
 
-def _stop(jobs: RayJobs, submission_id: str) -> None:
-    """Stop a job and wait until it has ended: Ray kills it after three seconds."""
-    jobs.stop(submission_id)
+def _stop(jobs: RayJobs, submission_id: str, ask: Callable[[Callable[[], Any]], Any]) -> None:
+    """Stop a job and wait until it has ended: Ray kills it after three seconds, or when it starts."""
+    ask(partial(jobs.stop, submission_id))
     end = time.monotonic() + STOP_TIMEOUT_S
-    while (job := jobs.get(submission_id)) is not None and job.status not in TERMINAL:
+    while (job := ask(partial(jobs.get, submission_id))) is not None and job.status not in TERMINAL:
         if time.monotonic() >= end:
+            if job.status == PENDING:
+                return
             raise ClusterError(
                 f"Ray job {submission_id} still runs {STOP_TIMEOUT_S:g} s after it was told to stop. Look at it on the "
                 f"dashboard ({jobs.dashboard_url}); then retry."
@@ -86,7 +166,7 @@ class Follower:
         interval: seconds between two looks.
     """
 
-    jobs: RayJobs
+    jobs: FollowedJobs
     submission_id: str
     say: Say
     interval: float
@@ -94,9 +174,16 @@ class Follower:
     _told_to_end: threading.Event = field(default_factory=threading.Event)
 
     def end(self) -> None:
-        """Stop the job and make ``wait`` raise. Safe in a signal handler."""
+        """Stop the job and make ``wait`` raise; a silent cluster is borne for a while. Safe in a signal handler.
+
+        Raises:
+            ClusterError: the cluster did not take it.
+        """
         self._told_to_end.set()
-        self.jobs.stop(self.submission_id)
+        self._stop()
+
+    def _stop(self) -> None:
+        patiently(partial(self.jobs.stop, self.submission_id), self.say, STOP_OUTAGE_LIMIT_S)
 
     def wait(self, watch: Watch) -> dict[str, Any]:
         """Look until the job has ended and return its result.
@@ -119,39 +206,51 @@ class Follower:
         Raises:
             RayLMError: what the job reported.
             Stopped: somebody stopped the job.
-            ClusterError: the job was lost, or *watch*'s deadline passed (the job is stopped then).
+            ClusterError: the job was lost, or it takes longer than *watch* lets it (the job is stopped then).
         """
         try:
             job = self.jobs.get(self.submission_id)
-            self._forward()
+            if job is not None and job.started:
+                self._forward()
             decision = decide(watch, job, time.time())
             if isinstance(decision, Ended):
                 return self._result(decision.job)
         except Unreachable as error:
             decision = decide(watch, error, time.time())
         if isinstance(decision, Wait):
+            if decision.news:
+                self.say(f"Ray job {self.submission_id} {decision.news}")
             return decision.watch
+        if isinstance(decision, Expired):
+            self._stop()
+            raise ClusterError(f"Ray job {self.submission_id} {decision.reason}")
         if isinstance(decision, Lost):
             raise ClusterError(decision.reason)
-        self.jobs.stop(self.submission_id)
-        raise ClusterError(f"Ray job {self.submission_id} was not done in time; it was told to stop.")
+        raise AssertionError("unreachable")
 
     def skip(self) -> None:
         """Leave out the lines that there are: somebody else has handed them on."""
-        self._seen = len(self.jobs.logs(self.submission_id))
+        self._seen = max(said(self.jobs.logs(self.submission_id, LOOK_LINES[-2])), default=0)
 
     def _forward(self) -> None:
         """Hand on the lines that are complete and were not handed on before."""
-        new = self.jobs.logs(self.submission_id, self._seen)
-        complete = new[: new.rfind("\n") + 1]
-        self._seen += len(complete)
-        for line in complete.splitlines():
-            if line.startswith(SAID):
-                self.say(line.removeprefix(SAID))
+        for lines in LOOK_LINES:
+            told = said(self.jobs.logs(self.submission_id, lines))
+            new = sorted(number for number in told if number > self._seen)
+            # Else lines are missing before these: the end of the log was too short. One may be lost for good, where
+            # two processes wrote at a time.
+            if not new or new[0] == self._seen + 1:
+                break
+        for number in new:
+            self.say(told[number])
+            self._seen = number
 
     def _result(self, job: JobInfo) -> dict[str, Any]:
         if job.status == "STOPPED":
             raise Stopped(f"Ray job {self.submission_id} was stopped: {job.message}")
+        if job.status == FAILED and not job.started:
+            raise ClusterError(f"Ray job {self.submission_id} could not be started. Ray says: {job.message}")
         # The log may trail the status.
         self._forward()
-        return outcome(self.jobs.logs(self.submission_id), job.message)
+        end = self.jobs.logs(self.submission_id, LAST_LINES)
+        return outcome(end if has_outcome(end) else self.jobs.logs(self.submission_id), job.message)

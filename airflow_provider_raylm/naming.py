@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from airflow_provider_raylm.specs import BatchSpec, EngineSpec, Labels
@@ -38,7 +38,10 @@ def fingerprint(spec: EngineSpec | BatchSpec) -> str:
 
     Only what differs from the defaults counts, so that a field that a later version adds changes nothing.
     """
-    return _digest(spec.model_dump(mode="json", exclude=set(spec.not_identity), exclude_defaults=True))[:12]
+    left_out: dict[str, Any] = dict.fromkeys(spec.not_identity, True)
+    left_out |= {name: set(value.not_identity) for name, value in spec if hasattr(value, "not_identity")}
+    content = spec.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
+    return _digest({name: value for name, value in content.items() if value != {}})[:12]
 
 
 def answers_fingerprint(spec: EngineSpec) -> str:

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from airflow.sdk import Asset, AssetAlias
 from airflow.sdk.definitions.asset import AssetRef
-from airflow.sdk.lineage import get_hook_lineage_collector
-from airflow.sdk.observability import stats, trace
+from opentelemetry import trace
 
+from airflow_provider_raylm.compat import Stats, get_hook_lineage_collector
 from airflow_provider_raylm.specs import BatchReport
 
 if TYPE_CHECKING:
@@ -31,12 +31,14 @@ _GLOB = re.compile(r"[*?\[]")
 def measure(context: Context, counts: Mapping[str, int], seconds: Mapping[str, float]) -> None:
     """Add to counters and timers ``raylm.<name>``, with Airflow's own tags for a task, and tell the task's span."""
     annotate(**counts, **seconds)
-    tags = dict(context["ti"].stats_tags)
+    ti = context["ti"]
+    # Before 3.3 Airflow has these tags for a task, and does not tell them.
+    tags = dict(getattr(ti, "stats_tags", None) or {"dag_id": ti.dag_id, "task_id": ti.task_id})
     for name, count in counts.items():
         if count:
-            stats.incr(f"raylm.{name}", count, tags=tags)
+            Stats.incr(f"raylm.{name}", count, tags=tags)
     for name, value in seconds.items():
-        stats.timing(f"raylm.{name}", timedelta(seconds=value), tags=tags)
+        Stats.timing(f"raylm.{name}", timedelta(seconds=value), tags=tags)
 
 
 def annotate(**attributes: str | float | None) -> None:

@@ -5,34 +5,29 @@ A job runs ``python -m airflow_provider_raylm.cluster <verb>``; ``wire`` says ho
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import re
-import ssl
-import zipfile
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
 import httpx
 
 from airflow_provider_raylm import __version__
+from airflow_provider_raylm.dashboard import Dashboard
 from airflow_provider_raylm.errors import ClusterError, SpecError
 from airflow_provider_raylm.naming import APPLICATION_PREFIX
-from airflow_provider_raylm.polling import JobInfo, Unreachable
-from airflow_provider_raylm.specs import EngineRef, build
-from airflow_provider_raylm.wire import NAMESPACE_VARIABLE, REQUEST_VARIABLE
+from airflow_provider_raylm.packages import Archive, Packed, package_archive
+from airflow_provider_raylm.polling import JobInfo
+from airflow_provider_raylm.specs import EngineRef, RuntimeEnv, build
+from airflow_provider_raylm.wire import HANDED_VARIABLE, NAMESPACE_VARIABLE, REQUEST_VARIABLE, handed
 
 # Linux refuses an environment string over 128 KiB (MAX_ARG_STRLEN).
 _MAX_REQUEST_BYTES = 120_000
-# RFC 9110, of the values only what is ASCII.
-_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
-_HEADER_VALUE = re.compile(r"[\x20-\x7e\t]*")
+# A look at the end of a log may fail in any way: the next one tells why.
+_ANYTHING = tuple(range(300, 600))
 
 
 @dataclass(frozen=True)
@@ -44,12 +39,16 @@ class JobRequest:
         verb: deploy, infer, teardown or sweep.
         payload: the verb's arguments, JSON values.
         metadata: strings that Ray's dashboard shows with the job: whose it is.
+        environment: what it finds there beside the image.
+        storage: options of fsspec's file systems, by protocol: credentials, which the cluster shows to nobody.
     """
 
     submission_id: str
     verb: str
     payload: Mapping[str, Any]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    environment: Packed = field(default_factory=Packed)
+    storage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
     def wire(self) -> str:
         """Return the request as the cluster reads it.
@@ -57,7 +56,15 @@ class JobRequest:
         Raises:
             ClusterError: it does not fit into the job's environment.
         """
-        text = json.dumps({"version": __version__, "payload": dict(self.payload)})
+        spec = self.environment.spec
+        text = json.dumps(
+            {
+                "version": __version__,
+                "payload": dict(self.payload),
+                "env_vars": sorted(spec.env_vars),
+                "secret_env": dict(spec.secret_env),
+            }
+        )
         if len(text.encode()) > _MAX_REQUEST_BYTES:
             raise ClusterError(
                 f"the {self.verb} request has {len(text.encode()):,} bytes; a job carries {_MAX_REQUEST_BYTES:,}. "
@@ -66,12 +73,29 @@ class JobRequest:
         return text
 
 
-class RayJobs(Protocol):
+class FollowedJobs(Protocol):
+    """A cluster as whoever follows a job of it sees it."""
+
+    def get(self, submission_id: str) -> JobInfo | None:
+        """Return the job, or None when the cluster knows none by that id."""
+
+    def logs(self, submission_id: str, lines: int | None = None) -> str:
+        """Return the last *lines* of the job's output, or all; empty while there is none."""
+
+    def stop(self, submission_id: str) -> None:
+        """Ask the job to stop; no error when it has ended or never was."""
+
+
+class RayJobs(FollowedJobs, Protocol):
     """A cluster that runs jobs. ``RayJobsClient`` is the real one, ``testing.FakeRayJobs`` the one for unit tests."""
 
     @property
     def dashboard_url(self) -> str:
-        """Address of the dashboard, for links and messages."""
+        """Address of the dashboard, for links."""
+
+    @property
+    def runtime_env(self) -> RuntimeEnv:
+        """What jobs get that do not say otherwise."""
 
     def ray_version(self) -> str:
         """Return the cluster's Ray version.
@@ -84,20 +108,32 @@ class RayJobs(Protocol):
     def submit(self, request: JobRequest) -> bool:
         """Start a job; return False when one with that id exists already (then nothing is started)."""
 
-    def get(self, submission_id: str) -> JobInfo | None:
-        """Return the job, or None when the cluster knows none by that id."""
-
-    def logs(self, submission_id: str, offset: int = 0) -> str:
-        """Return the job's output from character *offset* on."""
-
-    def stop(self, submission_id: str) -> None:
-        """Ask the job to stop; no error when it has ended or never was."""
-
     def running_engines(self) -> tuple[EngineRef, ...]:
         """Return the engines that can take work, whoever deployed them through this provider."""
 
     def close(self) -> None:
         """Give back what the client holds."""
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """How a cluster runs jobs: what its connection says.
+
+    Attributes:
+        ship_package: upload this package with the first job, so that the cluster runs the worker's version; else
+            it must be installed there.
+        python: the interpreter of the cluster's jobs.
+        namespace: Ray namespace of the jobs; None for one of its own for each.
+        runtime_env: what jobs get that do not say otherwise.
+        entrypoint: what an inference job's own process asks of the cluster: num_cpus, memory (bytes) and resources, as
+            Ray's Jobs API names them after ``entrypoint_``.
+    """
+
+    ship_package: bool = True
+    python: str = "python"
+    namespace: str | None = None
+    runtime_env: RuntimeEnv = field(default_factory=RuntimeEnv)
+    entrypoint: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RayJobsClient:
@@ -108,11 +144,9 @@ class RayJobsClient:
         token: sent as ``Authorization: Bearer``; Ray asks for one when token authentication is on.
         headers: further headers, e.g. of a proxy in front of the dashboard.
         verify: False switches certificate checks off; a path names the CA's certificate file.
-        ship_package: upload this package with the first job, so that the cluster runs the worker's version; else
-            it must be installed there.
-        python: the interpreter of the cluster's jobs.
-        namespace: Ray namespace of the jobs; None for one of its own for each.
         timeout: seconds per request.
+        browser_url: address of the dashboard for people; default: *dashboard_url*.
+        **jobs: the fields of ``Jobs``.
 
     Raises:
         SpecError: HTTP cannot carry the token or a header; the text names which, never its value.
@@ -125,96 +159,105 @@ class RayJobsClient:
         token: str | None = None,
         headers: Mapping[str, str] | None = None,
         verify: bool | str = True,
-        ship_package: bool = True,
-        python: str = "python",
-        namespace: str | None = None,
         timeout: float = 30.0,
+        browser_url: str | None = None,
+        **jobs: Any,
     ) -> None:
-        self._url = dashboard_url.rstrip("/")
-        sent = {f"headers.{name}": (name, value) for name, value in (headers or {}).items()}
-        if token := (token or "").strip():
-            sent["token"] = ("Authorization", f"Bearer {token}")
-        self._headers = {name: _sendable(field, name, value) for field, (name, value) in sent.items()}
-        self._secrets = [secret for secret in {token, *self._headers.values()} if secret]
-        self._verify = _ssl_context(verify)
-        self._ship_package = ship_package
-        self._python = python
-        self._namespace = namespace
-        self._timeout = timeout
-        self._http = self._open()
-
-    def _open(self) -> httpx.Client:
-        return httpx.Client(base_url=self._url, headers=self._headers, verify=self._verify, timeout=self._timeout)
+        self._dashboard = Dashboard(dashboard_url, token, headers, verify, timeout)
+        self._browser_url = (browser_url or dashboard_url).rstrip("/")
+        self._how = Jobs(**jobs)
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._dashboard.close()
 
     @property
     def dashboard_url(self) -> str:
-        """Address of the dashboard."""
-        return self._url
+        """Address of the dashboard, for links."""
+        return self._browser_url
+
+    @property
+    def runtime_env(self) -> RuntimeEnv:
+        """What jobs get that do not say otherwise."""
+        return self._how.runtime_env
 
     def ray_version(self) -> str:
         """Return the cluster's Ray version."""
-        response = self._call("GET", "/api/version")
-        try:
-            return str(response.json()["ray_version"])
-        except (ValueError, KeyError):
-            raise ClusterError(
-                f"{self._url} answers, but not as a Ray dashboard: {self._without_secrets(response.text)[:200]!r}. "
-                "Check host and port."
-            ) from None
+        return str(self._dashboard.said(self._dashboard.call("GET", "/api/version"), "ray_version"))
 
     def submit(self, request: JobRequest) -> bool:
         """Start a job; return False when one with that id exists already."""
-        env_vars = {REQUEST_VARIABLE: request.wire(), "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_TQDM": "0"}
-        if self._namespace:
-            env_vars[NAMESPACE_VARIABLE] = self._namespace
-        runtime_env: dict[str, Any] = {"env_vars": env_vars}
-        if self._ship_package:
-            runtime_env["py_modules"] = [self._upload_package()]
+        runtime_env = request.environment.for_ray()
+        package = [package_archive()] if self._how.ship_package else []
+        modules = [*self._uploaded(package), *runtime_env.get("py_modules", [])]
+        self._uploaded(request.environment.archives)
+        env_vars = {
+            **runtime_env.get("env_vars", {}),
+            REQUEST_VARIABLE: request.wire(),
+            "RAY_BACKEND_LOG_LEVEL": "fatal",
+            "RAY_TQDM": "0",
+            **({NAMESPACE_VARIABLE: self._how.namespace} if self._how.namespace else {}),
+            **({HANDED_VARIABLE: self._hand_over(request.storage)} if request.storage else {}),
+        }
+        entrypoint = self._how.entrypoint if request.verb == "infer" else {}
         body = {
-            "entrypoint": f"{self._python} -m airflow_provider_raylm.cluster {request.verb}",
+            "entrypoint": f"{self._how.python} -m airflow_provider_raylm.cluster {request.verb}",
             "submission_id": request.submission_id,
-            "runtime_env": runtime_env,
+            "runtime_env": {**runtime_env, "env_vars": env_vars, **({"py_modules": modules} if modules else {})},
             "metadata": dict(request.metadata),
+            **{f"entrypoint_{name}": value for name, value in entrypoint.items()},
         }
         # A taken id is answered with 400 or 500, by which of Ray's processes notices it.
-        response = self._call("POST", "/api/jobs/", json=body, accept=(400, 500))
+        response = self._dashboard.call("POST", "/api/jobs/", json=body, accept=(400, 500))
         if response.is_success:
             return True
         if "already exists" in response.text:
             return False
-        raise self._refusal(response)
+        raise self._dashboard.refusal(response)
 
     def get(self, submission_id: str) -> JobInfo | None:
         """Return the job, or None when the cluster knows none by that id."""
-        response = self._call("GET", f"/api/jobs/{quote(submission_id, safe='')}", accept=(404,))
-        if response.status_code == httpx.codes.NOT_FOUND:
+        response = self._dashboard.call("GET", f"/api/jobs/{quote(submission_id, safe='')}", accept=(404,))
+        if not self._dashboard.is_there(response):
             return None
+        status = self._dashboard.said(response, "status")
         job = response.json()
-        return JobInfo(job["status"], job.get("message") or "", job.get("metadata") or {})
+        submitted = job.get("start_time")
+        return JobInfo(
+            status,
+            job.get("message") or "",
+            job.get("metadata") or {},
+            # Ray's start is when the job was handed in, in milliseconds. A job that has run has a node.
+            submitted_at=submitted / 1000 if submitted else None,
+            started=bool(job.get("driver_node_id", True)),
+        )
 
-    def logs(self, submission_id: str, offset: int = 0) -> str:
-        """Return the job's output from character *offset* on; empty while there is none."""
-        response = self._call("GET", f"/api/jobs/{quote(submission_id, safe='')}/logs", accept=(404,))
-        if response.status_code == httpx.codes.NOT_FOUND:
+    def logs(self, submission_id: str, lines: int | None = None) -> str:
+        """Return the last *lines* of the job's output, or all; empty while there is none."""
+        if lines is not None:
+            # Of the end alone only Ray's state API tells. Where it does not answer, the whole is asked for.
+            # A node has to be named; the job's own is taken.
+            query = {"submission_id": submission_id, "node_id": "any", "lines": str(lines)}
+            end = self._dashboard.call("GET", "/api/v0/logs/file", params=query, accept=_ANYTHING)
+            if end.is_success and end.headers.get("content-type", "").startswith("text/plain"):
+                return end.content.decode(errors="replace")
+        response = self._dashboard.call("GET", f"/api/jobs/{quote(submission_id, safe='')}/logs", accept=(404,))
+        if not self._dashboard.is_there(response):
             return ""
-        return str(response.json()["logs"] or "")[offset:]
+        return str(self._dashboard.said(response, "logs") or "")
 
     def stop(self, submission_id: str) -> None:
         """Ask the job to stop.
 
         Opens a connection of its own: a signal handler may call this while another request holds the pool's lock.
         """
-        with self._open() as http:
+        with self._dashboard.open() as http:
             path = f"/api/jobs/{quote(submission_id, safe='')}/stop"
-            self._call("POST", path, accept=(404,), http=http)
+            self._dashboard.is_there(self._dashboard.call("POST", path, accept=(404,), http=http))
 
     def running_engines(self) -> tuple[EngineRef, ...]:
         """Return the engines that can take work, whoever deployed them through this provider."""
-        applications = self._call("GET", "/api/serve/applications/").json()["applications"]
+        applications = self._dashboard.said(self._dashboard.call("GET", "/api/serve/applications/"), "applications")
         found = []
         for name, application in applications.items():
             if not name.startswith(APPLICATION_PREFIX) or application["status"] != "RUNNING":
@@ -223,118 +266,25 @@ class RayJobsClient:
                 about = deployment["deployment_config"].get("user_config")
                 # An engine of another version may say what this one does not understand: it is not for this one.
                 with suppress(SpecError):
-                    found.append(build(EngineRef, {**(about or {}), "application": name, "dashboard_url": self._url}))
+                    found.append(
+                        build(EngineRef, {**(about or {}), "application": name, "dashboard_url": self._browser_url})
+                    )
         return tuple(found)
 
-    def _upload_package(self) -> str:
-        name, content = package_archive()
+    def _uploaded(self, archives: Iterable[Archive]) -> list[str]:
+        """Bring archives to the cluster, those that it lacks, and return their addresses."""
+        return [self._upload(archive.name, archive.content) for archive in archives]
+
+    def _upload(self, name: str, content: bytes) -> str:
         path = f"/api/packages/gcs/{name}"
-        # The look keeps the package from being collected until the job refers to it.
-        if self._call("GET", path, accept=(404,)).status_code == httpx.codes.NOT_FOUND:
-            self._call("PUT", path, content=content)
+        # The look keeps the package from being collected until the job refers to it; for ten minutes, if none does.
+        if self._dashboard.call("GET", path, accept=(404,)).status_code == httpx.codes.NOT_FOUND:
+            self._dashboard.call("PUT", path, content=content)
         return f"gcs://{name}"
 
-    def _call(
-        self,
-        method: str,
-        path: str,
-        *,
-        accept: tuple[int, ...] = (),
-        http: httpx.Client | None = None,
-        **kwargs: Any,
-    ) -> httpx.Response:
-        """Send one request; every failure of the transport is translated here and nowhere else."""
-        try:
-            response = (http or self._http).request(method, path, **kwargs)
-        except httpx.TransportError as error:
-            if _is_certificate_error(error):
-                raise ClusterError(
-                    f"{self._url}: the certificate is not trusted ({self._without_secrets(str(error))}). Name your "
-                    'CA\'s file in the connection\'s extra ("ca_cert"), or switch the check off there ("verify": '
-                    "false)."
-                ) from None
-            # Not `from error`: Airflow prints what an error was raised from, and a transport may quote a header.
-            raise Unreachable(
-                f"{self._url} does not answer ({type(error).__name__}: {self._without_secrets(str(error))}). Check "
-                "the connection's host and port, and that the Ray head is up and its dashboard listens on that address."
-            ) from None
-        if response.is_success or response.status_code in accept:
-            return response
-        raise self._refusal(response)
+    def _hand_over(self, storage: Mapping[str, Any]) -> str:
+        """Leave what only the job may know where it takes it from, and return the place.
 
-    def _refusal(self, response: httpx.Response) -> ClusterError:
-        code = response.status_code
-        if code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            return ClusterError(
-                f"{self._url} answers {code}: the token is missing or wrong. Put the cluster's token "
-                "(`ray get-auth-token` on the head node) into the connection's password."
-            )
-        request = f"{response.request.method} {response.request.url.path}"
-        kind = Unreachable if code >= 500 else ClusterError
-        return kind(f"{self._url} answers {code} to {request}: {_last_line(self._without_secrets(response.text))}")
-
-    def _without_secrets(self, text: str) -> str:
-        """Return somebody else's words without what only the dashboard may read: a proxy may send a request back."""
-        for secret in sorted(self._secrets, key=len, reverse=True):
-            text = text.replace(secret, "***")
-        return text
-
-
-def _sendable(field: str, name: str, value: str) -> str:
-    """Return a header's value without the blanks around it.
-
-    Raises:
-        SpecError: HTTP cannot carry it. An HTTP client's own error would quote it.
-    """
-    value = value.strip()
-    if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
-        raise SpecError(
-            f"{field}: it has a character that an HTTP header cannot carry, such as a line break or a letter beyond "
-            f"ASCII. {'Copy the token' if field == 'token' else 'Write it'} into the connection again."
-        )
-    return value
-
-
-def _ssl_context(verify: bool | str) -> ssl.SSLContext | bool:
-    if isinstance(verify, str):
-        try:
-            return ssl.create_default_context(cafile=verify)
-        except OSError as error:
-            raise ClusterError(f"cannot read the CA certificate {verify!r}: {error}") from error
-    return verify
-
-
-def _is_certificate_error(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _last_line(text: str) -> str:
-    """Return the last line of a body, which is where a server's traceback names the error."""
-    lines = [line for line in text.splitlines() if line.strip(" .")]
-    return lines[-1][:500] if lines else "(no text)"
-
-
-def _package_files() -> Iterator[tuple[str, bytes]]:
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        yield f"{root.name}/{path.relative_to(root).as_posix()}", path.read_bytes()
-
-
-@cache
-def package_archive() -> tuple[str, bytes]:
-    """Return (name, content) of this package as a zip that Ray's ``py_modules`` accepts.
-
-    The name carries a hash of the files, so that equal packages are uploaded once and another version never meets
-    the cached one.
-    """
-    buffer = io.BytesIO()
-    digest = hashlib.sha256()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in _package_files():
-            digest.update(name.encode() + b"\0" + content)
-            archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), content)
-    return f"_ray_pkg_{digest.hexdigest()[:32]}.zip", buffer.getvalue()
+        The dashboard shows a job's environment and metadata, and no package's content.
+        """
+        return self._upload(f"_ray_pkg_{secrets.token_hex(16)}.zip", handed(storage))

@@ -1,5 +1,7 @@
 """For the unit tests of people who write DAGs: a Ray cluster that is not there.
 
+A test with it::
+
     fake = FakeRayJobs()
     with fake.installed():
         run = dag.test()
@@ -7,11 +9,13 @@
     assert fake.engines == {}                       # nothing was left behind
     assert fake.batches["label"].max_tokens == 4    # what a task asked for, rendered
 
-Jobs end at once. The same contract suite runs against this class and against real Ray.
+Jobs end at once, unless ``pend`` says otherwise. The same contract suite runs against this class and against real Ray.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,10 +23,11 @@ from typing import Any
 from unittest.mock import patch
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.errors import EngineError, RayLMError
+from airflow_provider_raylm.errors import EngineError, EngineGone, RayLMError, SpecError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT, answers_fingerprint, application_name, fingerprint
-from airflow_provider_raylm.polling import FAILED, STOPPED, SUCCEEDED, TERMINAL, JobInfo
+from airflow_provider_raylm.operators.owners import installation
+from airflow_provider_raylm.polling import FAILED, PENDING, STOPPED, SUCCEEDED, JobInfo
 from airflow_provider_raylm.ray_jobs import JobRequest
 from airflow_provider_raylm.specs import (
     BatchReport,
@@ -32,6 +37,7 @@ from airflow_provider_raylm.specs import (
     EngineSpec,
     EngineUsage,
     Labels,
+    RuntimeEnv,
     SweepReport,
     TeardownReport,
     Value,
@@ -39,12 +45,15 @@ from airflow_provider_raylm.specs import (
 )
 from airflow_provider_raylm.wire import error_line, result_line, said_line
 
+NOT_STARTED = "Job has not started yet. It may be waiting for the runtime environment to be set up."
+
 
 @dataclass
 class _Engine:
     spec: EngineSpec
     labels: Labels
     usage: EngineUsage = field(default_factory=EngineUsage)
+    deployed_at: float = field(default_factory=time.time)
 
 
 class FakeRayJobs:
@@ -58,6 +67,7 @@ class FakeRayJobs:
     """
 
     dashboard_url = "http://fake-ray:8265"
+    runtime_env = RuntimeEnv()
 
     def __init__(self) -> None:
         self.deployed: list[str] = []
@@ -67,6 +77,9 @@ class FakeRayJobs:
         self._jobs: dict[str, tuple[JobInfo, str]] = {}
         self._reports: dict[str, dict[str, Any]] = {}
         self._failures: dict[str, list[RayLMError]] = {}
+        self._pends: dict[str, tuple[float, str]] = {}
+        self._waiting: dict[str, tuple[JobRequest, float]] = {}
+        self._stopped: set[str] = set()
 
     @property
     def engines(self) -> dict[str, EngineSpec]:
@@ -83,7 +96,15 @@ class FakeRayJobs:
         async def aconnect(hook: RayLMHook) -> FakeRayJobs:
             return self
 
-        with patch.object(RayLMHook, "get_conn", connect), patch.object(RayLMHook, "aget_conn", aconnect):
+        try:
+            named = {"AIRFLOW__RAYLM__INSTALLATION": installation()}
+        except SpecError:
+            named = {"AIRFLOW__RAYLM__INSTALLATION": "fake"}
+        with (
+            patch.object(RayLMHook, "get_conn", connect),
+            patch.object(RayLMHook, "aget_conn", aconnect),
+            patch.dict(os.environ, named),
+        ):
             yield self
 
     def report(self, task_id: str, rows: int = 1, **counts: Any) -> None:
@@ -105,17 +126,34 @@ class FakeRayJobs:
         """Let the next job of the task *task_id* fail with *error*; call again to fail the one after it, too."""
         self._failures.setdefault(task_id, []).append(error)
 
+    def pend(self, task_id: str, looks: float = float("inf"), message: str = NOT_STARTED) -> None:
+        """Let the jobs of the task *task_id* wait to start, until somebody has looked *looks* times at one.
+
+        Give the task a short ``poll_interval``, and for a job that never starts a short ``pending_timeout``.
+        """
+        self._pends[task_id] = (looks, message)
+
     def ray_version(self) -> str:
         """Return a version that is no real one."""
         return "0.0-fake"
 
     def submit(self, request: JobRequest) -> bool:
-        """Run the job to its end; return False when one with that id exists already."""
+        """Run the job to its end, or let it wait; return False when one with that id exists already."""
         if request.submission_id in self._jobs:
             return False
         request.wire()
         self.submitted.append(request)
-        said = said_line(f"{request.verb} on a fake cluster")
+        looks, message = self._pends.get(request.metadata.get("task_id", ""), (0, ""))
+        if looks:
+            job = JobInfo(PENDING, message, request.metadata, time.time(), started=False)
+            self._jobs[request.submission_id] = (job, "")
+            self._waiting[request.submission_id] = (request, looks)
+        else:
+            self._jobs[request.submission_id] = self._run(request, time.time())
+        return True
+
+    def _run(self, request: JobRequest, submitted_at: float) -> tuple[JobInfo, str]:
+        said = said_line(1, f"{request.verb} on a fake cluster")
         try:
             failures = self._failures.get(request.metadata.get("task_id", ""))
             if failures:
@@ -123,28 +161,39 @@ class FakeRayJobs:
             result = self._verbs()[request.verb](dict(request.payload), request)
         except RayLMError as error:
             log = f"{said}\n{error_line(error)}\n"
-            job = JobInfo(FAILED, "the job failed", request.metadata)
+            job = JobInfo(FAILED, "the job failed", request.metadata, submitted_at)
         else:
             log = f"{said}\n{result_line(result.model_dump(mode='json'))}\n"
-            job = JobInfo(SUCCEEDED, metadata=request.metadata)
-        self._jobs[request.submission_id] = (job, log)
-        return True
+            job = JobInfo(SUCCEEDED, "", request.metadata, submitted_at)
+        return job, log
 
     def get(self, submission_id: str) -> JobInfo | None:
-        """Return the job, or None."""
+        """Return the job, or None. One that waits is a look nearer to its start."""
         job = self._jobs.get(submission_id)
-        return job[0] if job else None
+        if job is None:
+            return None
+        if submission_id in self._waiting:
+            self._come_nearer(submission_id, job[0])
+        return job[0]
 
-    def logs(self, submission_id: str, offset: int = 0) -> str:
-        """Return the job's output from character *offset* on."""
+    def _come_nearer(self, submission_id: str, job: JobInfo) -> None:
+        request, looks = self._waiting.pop(submission_id)
+        if looks > 1:
+            self._waiting[submission_id] = (request, looks - 1)
+        elif submission_id in self._stopped:
+            self._jobs[submission_id] = (replace(job, status=STOPPED, message="", started=True), "")
+        else:
+            self._jobs[submission_id] = self._run(request, job.submitted_at or 0.0)
+
+    def logs(self, submission_id: str, lines: int | None = None) -> str:
+        """Return the last *lines* of the job's output, or all."""
         job = self._jobs.get(submission_id)
-        return job[1][offset:] if job else ""
+        written = job[1].splitlines(keepends=True) if job else []
+        return "".join(written[-lines:] if lines else written)
 
     def stop(self, submission_id: str) -> None:
-        """Stop the job if it has not ended."""
-        job = self._jobs.get(submission_id)
-        if job and job[0].status not in TERMINAL:
-            self._jobs[submission_id] = (replace(job[0], status=STOPPED), job[1])
+        """Stop the job if it has not ended. One that waits ends when it would start, and not sooner, as with Ray."""
+        self._stopped.add(submission_id)
 
     def running_engines(self) -> tuple[EngineRef, ...]:
         """Return the engines that are up."""
@@ -179,7 +228,7 @@ class FakeRayJobs:
             self._deploy({"engine": payload["redeploy"], "labels": ref.labels, "replace": False}, request)
         engine = self._engines.get(ref.application)
         if engine is None:
-            raise EngineError(f"The engine {ref.application} is gone. Clear the deploy task together with this one.")
+            raise EngineGone(f"The engine {ref.application} is gone. Clear the deploy task together with this one.")
         report = BatchReport(
             source=spec.sources,
             output=spec.output,
@@ -231,4 +280,6 @@ def _reference(application: str, engine: _Engine) -> EngineRef:
         labels=engine.labels,
         lease=engine.spec.lease,
         replicas=engine.spec.max_replicas,
+        runtime_env=engine.spec.runtime_env,
+        deployed_at=engine.deployed_at,
     )

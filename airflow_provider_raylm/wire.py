@@ -7,6 +7,7 @@ sentinel line of the job's log. Both sides import this module, so it needs neith
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,16 +16,43 @@ from airflow_provider_raylm.errors import ClusterError, from_wire, to_wire
 
 REQUEST_VARIABLE = "RAYLM_REQUEST"
 NAMESPACE_VARIABLE = "RAY_NAMESPACE"
+HANDED_VARIABLE = "RAYLM_HANDED"
+"""Names the place where a job finds what is in none of its variables."""
 RESULT_SENTINEL = "RAYLM-RESULT "
 ERROR_SENTINEL = "RAYLM-ERROR "
 
-SAID = "raylm: "
-"""Begins every line that a job prints for the task's log; any other line is noise of the libraries below."""
+_SAID = re.compile(r"raylm (\d+): (.*)")
+# Ray writes the beginning of a package that it cannot store into its log.
+_HANDED = b"raylm, for one job alone\n"
 
 
-def said_line(words: str) -> str:
-    """Return *words* as one line for the task's log, whatever is in them."""
-    return SAID + " ".join(words.splitlines())
+def said_line(number: int, words: str) -> str:
+    """Return *words* as one line for the task's log, whatever is in them.
+
+    Args:
+        number: 1 for the first line that the job says, 2 for the next: who has the end of a log knows whether it is all
+            that is new.
+        words: what is said.
+    """
+    return f"raylm {number}: {' '.join(words.splitlines())}"
+
+
+def said(log: str) -> dict[int, str]:
+    """Return what a job said in (the end of) its log, by number; any other line is noise of the libraries below."""
+    # A line that is not complete yet is left for the next look.
+    lines = log[: log.rfind("\n") + 1].splitlines()
+    return {int(match[1]): match[2] for match in map(_SAID.fullmatch, lines) if match}
+
+
+def handed(storage: Mapping[str, Any]) -> bytes:
+    """Return options of file systems as a job takes them over, which says who they are for and nothing else first."""
+    return _HANDED + json.dumps(storage).encode()
+
+
+def taken(content: bytes) -> dict[str, Any]:
+    """Return what ``handed`` was given."""
+    storage: dict[str, Any] = json.loads(content.removeprefix(_HANDED))
+    return storage
 
 
 def result_line(result: Mapping[str, Any]) -> str:
@@ -36,6 +64,11 @@ def result_line(result: Mapping[str, Any]) -> str:
 def error_line(error: BaseException) -> str:
     """Return a job's error as the line that ``outcome`` finds."""
     return ERROR_SENTINEL + json.dumps(to_wire(error))
+
+
+def has_outcome(log: str) -> bool:
+    """Return whether a job's log holds its outcome."""
+    return any(line.startswith((RESULT_SENTINEL, ERROR_SENTINEL)) for line in log.splitlines())
 
 
 def outcome(log: str, message: str = "") -> dict[str, Any]:

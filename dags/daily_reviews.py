@@ -2,13 +2,18 @@
 
 import pendulum
 from airflow.sdk import DAG, Param
+from airflow.timetables.interval import CronDataIntervalTimetable
 
 from airflow_provider_raylm.authoring import shared_engine
+
+# Qwen3 begins a chat with a thought, which a few tokens would cut off.
+NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 
 with (
     DAG(
         "raylm_daily_reviews",
-        schedule="@daily",
+        # `ds` is then the day that is over; with a cron text it is the day that begins.
+        schedule=CronDataIntervalTimetable("@daily", timezone="UTC"),
         start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
         catchup=False,
         max_active_runs=1,
@@ -33,6 +38,7 @@ with (
                 "output_column": "label",
                 "max_tokens": 4,
                 "temperature": 0,
+                "extra_body": NO_THINKING,
             },
             {
                 "messages": [
@@ -41,6 +47,7 @@ with (
                 "output_column": "why",
                 "max_tokens": 64,
                 "temperature": 0,
+                "extra_body": NO_THINKING,
             },
         ],
         output="{{ params.bucket }}/out/{{ ds }}",

@@ -19,8 +19,9 @@ with DAG(
 ):
 
     @task
-    def partitions(params: dict[str, Any]) -> list[dict[str, str]]:
+    def partitions(**context: Any) -> list[dict[str, str]]:
         """List the places of each partition."""
+        params = context["params"]
         return [
             {
                 "source": f"{params['source']}/region={region}",
@@ -51,3 +52,5 @@ with DAG(
             )
 
         partition.expand_kwargs(places)
+    # Without this the engine would load, and be paid for, while the list is made.
+    places >> engine.deploy

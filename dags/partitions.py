@@ -5,7 +5,6 @@ from typing import Any
 from airflow.sdk import DAG, Param, task
 
 from airflow_provider_raylm.authoring import shared_engine
-from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
 
 with DAG(
     "raylm_partitions",
@@ -20,21 +19,21 @@ with DAG(
 ):
 
     @task
-    def partitions(params: dict[str, Any]) -> list[dict[str, Any]]:
-        """List what to run: one spec per partition."""
+    def partitions(**context: Any) -> list[dict[str, str]]:
+        """List the places of each partition."""
+        params = context["params"]
         return [
-            {
-                "source": f"{params['source']}/region={region}",
-                "prompt": "Language of this text, as an ISO code:\n${text}\nAnswer:",
-                "output_column": "language",
-                "max_tokens": 4,
-                "output": f"{params['output']}/region={region}",
-            }
+            {"source": f"{params['source']}/region={region}", "output": f"{params['output']}/region={region}"}
             for region in params["regions"]
         ]
 
-    specs = partitions()
+    places = partitions()
     with shared_engine("reader", model="{{ params.model }}") as engine:
-        BatchInferenceOperator.partial(task_id="language", engine=engine.ref, max_active_tis_per_dagrun=2).expand(
-            batch=specs
-        )
+        engine.infer.partial(
+            "language",
+            prompt="Language of this text, as an ISO code:\n${text}\nAnswer:",
+            max_tokens=4,
+            max_active_tis_per_dagrun=2,
+        ).expand_kwargs(places)
+    # Without this the engine would load, and be paid for, while the list is made.
+    places >> engine.deploy

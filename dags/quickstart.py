@@ -49,6 +49,8 @@ with (
         ],
         max_tokens=32,
         temperature=0,
+        # Qwen3 begins a chat with a thought, which 32 tokens would cut off.
+        extra_body={"chat_template_kwargs": {"enable_thinking": False}},
         output="{{ params.output }}/reply",
         # Airflow knows the folder as an asset when the task has written it.
         outlets=[AssetAlias("raylm_replies")],

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from airflow.sdk import DAG, Param, task
+from airflow.sdk import DAG, Param
 
 from airflow_provider_raylm.authoring import shared_engine
 from airflow_provider_raylm.specs import BatchSpec
@@ -21,19 +21,20 @@ with (
     shared_engine("reader", model="{{ params.model }}") as engine,
 ):
 
-    @task.raylm(engine=engine.ref, batch={"prompt": "Sum up in one sentence: ${text}", "output_column": "summary"})
-    def summary(params: dict[str, Any]) -> dict[str, Any]:
+    @engine.task(batch={"prompt": "Sum up in one sentence: ${text}", "output_column": "summary"})
+    def summary(**context: Any) -> dict[str, Any]:
         """Return the fields that are known when the DAG runs."""
+        params = context["params"]
         return {"source": f"{params['source']}/*.parquet", "output": f"{params['output']}/summary"}
 
-    @task.raylm(engine=engine.ref)
-    def language(summary: dict[str, Any], params: dict[str, Any]) -> BatchSpec:
+    @engine.task
+    def language(summary: Any, **context: Any) -> BatchSpec:
         """Ask about what the summary's report says where it wrote."""
         return BatchSpec(
             source=summary["output"],
             prompt="The language of this text, in one word: ${summary}",
             max_tokens=4,
-            output=f"{params['output']}/language",
+            output=f"{context['params']['output']}/language",
         )
 
     language(summary())

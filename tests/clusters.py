@@ -18,6 +18,7 @@ from airflow_provider_raylm.following import Follower
 from airflow_provider_raylm.polling import Watch
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient
 
+REPOSITORY = Path(__file__).parents[1]
 # Outside Ray's worker ports (10002 to 19999) and the kernel's own choices for clients (from 32768 on).
 _PORTS = iter(range(28265, 28300))
 
@@ -44,12 +45,14 @@ class Cluster:
         url: the dashboard.
         token: asked for by the dashboard, or None when authentication is off.
         environ: of its processes.
+        python: what runs its jobs.
     """
 
     folder: Path
     url: str
     token: str | None
     environ: dict[str, str]
+    python: str = "python"
 
     @property
     def leader(self):
@@ -89,22 +92,23 @@ class Cluster:
 
     def client(self, **kwargs):
         """Return a client of the dashboard."""
-        return RayJobsClient(self.url, **{"token": self.token, **kwargs})
+        return RayJobsClient(self.url, **{"token": self.token, "python": self.python, **kwargs})
 
     def connection(self):
         """Return the raylm connection's fields."""
         host, port = self.url.removeprefix("http://").split(":")
-        return {"conn_type": "raylm", "host": host, "port": int(port), "password": self.token or ""}
+        extra = json.dumps({"python": self.python})
+        return {"conn_type": "raylm", "host": host, "port": int(port), "password": self.token or "", "extra": extra}
 
     def connection_uri(self):
         """Return the raylm connection as Airflow reads it from the environment."""
         return "{conn_type}://:{password}@{host}:{port}".format(**self.connection())
 
-    def start(self, verb, payload, **kwargs):
-        """Submit a job and return its id."""
+    def start(self, verb, payload, given=None, **kwargs):
+        """Submit a job, with what is *given* to it beside its payload, and return its id."""
         job = f"test-{verb}-{time.time_ns()}"
         with closing(self.client(**kwargs)) as jobs:
-            assert jobs.submit(JobRequest(job, verb, payload))
+            assert jobs.submit(JobRequest(job, verb, payload, **(given or {})))
         return job
 
     def finish(self, job, timeout=600.0, poll_interval=0.5, **kwargs):
@@ -113,9 +117,9 @@ class Cluster:
         with closing(self.client(**kwargs)) as jobs:
             return Follower(jobs, job, said.append, poll_interval).wait(Watch(deadline=time.time() + timeout)), said
 
-    def run(self, verb, payload, **kwargs):
+    def run(self, verb, payload, given=None, **kwargs):
         """Run a job to its end and return its result; its error is raised."""
-        return self.finish(self.start(verb, payload, **kwargs), **kwargs)[0]
+        return self.finish(self.start(verb, payload, given, **kwargs), **kwargs)[0]
 
     def run_script(self, script, *arguments, timeout=300):
         """Run a script as a Ray job of its own, through Ray's own client, and return its log."""
@@ -143,6 +147,8 @@ def ray_cluster(*, token=True, cpus=None, other_nodes=False):
     folder = Path(tempfile.mkdtemp(prefix="raylm-"))
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | ENGINE_ENVIRON
     secret = secrets.token_hex(16) if token else None
+    # The witness, and engines that are scripted, are imported from the repository.
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret} if secret else {"RAY_AUTH_MODE": "disabled"})
     environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"} if other_nodes else {}
     try:

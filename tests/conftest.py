@@ -1,15 +1,31 @@
 """What all tests share: an Airflow home of their own, and nothing that reaches for the network."""
 
 import os
+import re
+import secrets
 import shutil
 import subprocess
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 DAGS = REPOSITORY / "dags"
+
+# Of the engine that all tests share.
+LABELS = {"installation": "tests", "dag_id": "d", "run_id": "manual__2026-01-01T00:00:00+00:00", "engine": "shared"}
+# The first is nobody's; libraries treat the others specially.
+SECRET_NAMES = (
+    "RAYLM_TEST_SECRET",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "GOOGLE_API_KEY",
+    "RAY_TEST_SECRET",
+    "VLLM_API_KEY",
+)
 
 # Airflow reads these when it is imported, which the test modules do: before any fixture.
 AIRFLOW_HOME = Path(tempfile.mkdtemp(prefix="raylm-airflow-"))
@@ -19,11 +35,24 @@ os.environ.update(
     AIRFLOW__CORE__LOAD_EXAMPLES="False",
     AIRFLOW__DATABASE__SQL_ALCHEMY_CONN=f"sqlite:///{AIRFLOW_HOME}/airflow.db",
     AIRFLOW__LOGGING__LOGGING_LEVEL="WARNING",
+    AIRFLOW__RAYLM__INSTALLATION="tests",
     HF_HUB_OFFLINE="1",
     RAY_USAGE_STATS_ENABLED="0",
     VLLM_NO_USAGE_STATS="1",
     VLLM_CPU_KVCACHE_SPACE="1",
+    # An S3 that is overloaded is asked again by botocore, and all that by s3fs: together that would take a minute.
+    AWS_MAX_ATTEMPTS="2",
 )
+
+
+# What needs the cluster's software is left out where there is none, as on a worker.
+ON_THE_CLUSTER = re.compile(r"^(from|import) (airflow_provider_raylm\.cluster|pyarrow|ray)\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path):
+    if collection_path.suffix == ".py" and find_spec("ray") is None:
+        return ON_THE_CLUSTER.search(collection_path.read_text()) is not None or None
+    return None
 
 
 def pytest_unconfigure():
@@ -41,7 +70,7 @@ def airflow_db():
 @pytest.fixture(scope="session")
 def dagbag(airflow_db):
     """The DAGs that users copy."""
-    from airflow.dag_processing.dagbag import DagBag
+    from tests.airflows import DagBag
 
     return DagBag(str(DAGS))
 
@@ -49,6 +78,7 @@ def dagbag(airflow_db):
 @pytest.fixture(scope="session")
 def s3():
     """An S3 server, which the cluster's processes reach."""
+    pytest.importorskip("ray")
     from tests.s3 import reached, s3_server
 
     with s3_server() as server, reached(server):
@@ -62,6 +92,50 @@ def cluster(s3):
 
     with ray_cluster() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def model(cluster):
+    """A small model with random weights."""
+    from tests.tiny_model import make_tiny_model
+
+    return str(make_tiny_model(cluster.folder / "model"))
+
+
+@pytest.fixture(scope="session")
+def secret(cluster):
+    """A file with a secret."""
+    path = cluster.folder / "secret"
+    path.write_text(f"{secrets.token_hex(16)}\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine_spec(model, secret):
+    """The shared engine's spec."""
+    from tests.offline import ENGINE_KWARGS
+
+    # Half a CPU on paper, so that a second engine and the pipelines fit beside it on two cores.
+    return {
+        "name": "shared",
+        "model": model,
+        "served_name": "tiny",
+        "gpus": 0,
+        "cpus": 0.5,
+        "engine_kwargs": ENGINE_KWARGS,
+        "secret_env": dict.fromkeys(SECRET_NAMES, str(secret)),
+    }
+
+
+@pytest.fixture(scope="session")
+def engine(cluster, engine_spec):
+    """The engine that all tests share, by reference."""
+    ref, said = cluster.finish(
+        cluster.start("deploy", {"engine": engine_spec, "labels": LABELS, "replace": False}), timeout=580
+    )
+    assert ref["adopted"] is False
+    assert any("is up after" in line for line in said)
+    return ref
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,10 @@
 """An S3 server on loopback, which can be slow, refuse, or be overloaded; and what a client needs to reach it."""
 
+import hashlib
+import hmac
 import json
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -12,6 +15,9 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 BUCKET = "bucket"
+# Of one who is not in any environment: what they sign is checked.
+PRIVATE_BUCKET = "private"
+PRIVATE_KEY, PRIVATE_SECRET = "private-key", "priv4te-s3cr3t-0f-tests"
 _CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "tests",
     "AWS_SECRET_ACCESS_KEY": "tests-secret",
@@ -51,6 +57,8 @@ class Server:
         self.requests[method] += 1
         time.sleep(self.delay)
         self.before(method, path)
+        if path.strip("/").partition("/")[0] == PRIVATE_BUCKET and not _is_signed(environ):
+            return _refuse(start_response, "403 Forbidden", "SignatureDoesNotMatch")
         if self.overloaded:
             return _refuse(start_response, "503 Slow Down", "SlowDown")
         if self.only is not None and not self._allowed(path, query):
@@ -65,6 +73,33 @@ class Server:
             return key.startswith(self.only)
         asked = dict(part.partition("=")[::2] for part in query.split("&"))
         return "delete" in asked or asked.get("prefix", "").replace("%2F", "/").startswith(self.only)
+
+
+def _is_signed(environ):
+    """Return whether a request is signed with the private secret, after AWS's Signature Version 4."""
+    given = dict(re.findall(r"(\w+)=([^,\s]+)", environ.get("HTTP_AUTHORIZATION", "")))
+    key, _, scope = given.get("Credential", "").partition("/")
+    names = given.get("SignedHeaders", "").split(";")
+    values = {
+        name: environ.get("HTTP_" + name.upper().replace("-", "_"), environ.get(name.upper().replace("-", "_"), ""))
+        for name in names
+    }
+    path, _, query = environ["RAW_URI"].partition("?")
+    asked = "&".join(sorted(part if "=" in part else f"{part}=" for part in query.split("&") if part))
+    request = "\n".join(
+        [
+            *(environ["REQUEST_METHOD"], path, asked),
+            *(f"{name}:{' '.join(value.split())}" for name, value in values.items()),
+            *("", ";".join(names), environ.get("HTTP_X_AMZ_CONTENT_SHA256", "")),
+        ]
+    )
+    text = "\n".join(
+        ["AWS4-HMAC-SHA256", environ.get("HTTP_X_AMZ_DATE", ""), scope, hashlib.sha256(request.encode()).hexdigest()]
+    )
+    signer = f"AWS4{PRIVATE_SECRET}".encode()
+    for part in (*scope.split("/"), text):
+        signer = hmac.new(signer, part.encode(), hashlib.sha256).digest()
+    return key == PRIVATE_KEY and signer.hex() == given.get("Signature")
 
 
 def _refuse(start_response, status, code):

@@ -1,9 +1,13 @@
 """An engine made of a function, and a task on it without Ray: the real plan, reader, stage and output."""
 
+import asyncio
+
+from airflow_provider_raylm.cluster.batch.loop import drained
 from airflow_provider_raylm.cluster.batch.report import Tally
 from airflow_provider_raylm.cluster.batch.rows import Answer, Refusal
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.cluster.batch.task import answer_blocks, answer_source
+from airflow_provider_raylm.cluster.batch.window import Window
 from airflow_provider_raylm.specs import EngineRef, Labels, Lease
 
 REF = EngineRef(
@@ -24,8 +28,22 @@ def shouts(fields, prompts):
     ]
 
 
+def asking(ask):
+    """Return a way to the engine that a function of (fields, contents) is."""
+
+    async def asked(fields, contents, near=None):
+        return await asyncio.to_thread(ask, fields, contents)
+
+    return asked
+
+
 def attempt(spec, ask=shouts, at_a_time=2, said=None, ref=REF, **kwargs):
     """Run a task once, as a job does, and return its report."""
-    answerer = BlockAnswerer(spec, ref.model, ask)
+    answerer = BlockAnswerer(spec, ref.model, asking(ask))
     say = said.append if said is not None else lambda line: None
-    return answer_source(spec, ref, lambda work: answer_blocks(work, answerer, at_a_time), say, Tally(), **kwargs)
+
+    def blocks(work):
+        block_rows = work.plan.block_rows
+        return drained(lambda: answer_blocks(work, answerer, Window(at_a_time * block_rows, block_rows)))
+
+    return answer_source(spec, ref, blocks, say, Tally(), **kwargs)

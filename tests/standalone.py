@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -73,6 +73,12 @@ class Airflow:
         """Return each task's state."""
         return {ti["task_id"]: ti["state"] for ti in self.instances(dag_id, run_id)}
 
+    def connect(self, connection_id: str, **fields: Any) -> None:
+        """Make a connection, or change the one that has the name."""
+        entity = {"connection_id": connection_id, **fields}
+        action = {"action": "create", "entities": [entity], "action_on_existence": "overwrite"}
+        self.call("PATCH", "/connections", actions=[action])
+
     def mark(self, dag_id: str, run_id: str, task_id: str, state: str) -> None:
         """Give a task a state, as its user does."""
         self.call("PATCH", f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}", new_state=state)
@@ -112,9 +118,70 @@ class Airflow:
         return "\n".join(lines)
 
 
+class Standing:
+    """One Airflow for many tests: it starts when it is first asked for, and once more after it was killed.
+
+    Args:
+        folder: for its home.
+        dags: folders of DAGs.
+        environ: beside what every standalone has.
+    """
+
+    def __init__(self, folder: Path, dags: Sequence[Path], environ: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._dags = dags
+        self._environ = environ
+        self._airflow: Airflow | None = None
+        self._leaders: list[int] = []
+        self._stack = ExitStack()
+
+    @property
+    def airflow(self) -> Airflow:
+        """The Airflow that runs."""
+        if self._airflow is None:
+            home = self._folder / f"airflow-{time.monotonic_ns()}"
+            self._airflow = self._stack.enter_context(standalone(home, self._dags, self._environ))
+            self._leaders = [self._airflow.pid]
+        return self._airflow
+
+    def start_triggerer(self) -> None:
+        """Start one more triggerer, for as long as the Airflow runs."""
+        from airflow_provider_raylm.local import end_session
+
+        process = subprocess.Popen(
+            [sys.executable, "-m", "airflow", "triggerer", "--skip-serve-logs"],
+            env=self.airflow.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._leaders.append(process.pid)
+        self._stack.callback(process.wait)
+        self._stack.callback(end_session, process.pid)
+
+    def kill(self) -> None:
+        """Kill all its processes without a chance to clean up."""
+        from airflow_provider_raylm.local import session
+
+        for pid in [pid for leader in self._leaders for pid in session(leader)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.end()
+
+    def end(self) -> None:
+        """End it, if it runs."""
+        self._airflow = None
+        self._stack.close()
+
+
 @contextmanager
-def standalone(home: Path, dags: Path, environ: Mapping[str, str]) -> Iterator[Airflow]:
+def standalone(home: Path, dags: Sequence[Path], environ: Mapping[str, str]) -> Iterator[Airflow]:
     """Start Airflow with a home and a database of its own, and end all its processes afterwards.
+
+    Args:
+        home: its folder.
+        dags: folders of DAGs.
+        environ: variables that it has beside what this process has and what a standalone needs.
 
     Raises:
         TimeoutError: it is not healthy after three minutes; the text has its last lines.
@@ -126,7 +193,7 @@ def standalone(home: Path, dags: Path, environ: Mapping[str, str]) -> Iterator[A
         **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")},
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "AIRFLOW_HOME": str(home),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
+        "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST": json.dumps([_bundle(folder) for folder in dags]),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
@@ -142,6 +209,8 @@ def standalone(home: Path, dags: Path, environ: Mapping[str, str]) -> Iterator[A
         "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "300",
         "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "3600",
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+        # No file changes; to read all of them every half minute takes a third of a core.
+        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "3600",
         **environ,
     }
     command = [sys.executable, "-m", "airflow", "standalone"]
@@ -154,6 +223,12 @@ def standalone(home: Path, dags: Path, environ: Mapping[str, str]) -> Iterator[A
         yield Airflow(url, process.pid, environment)
     finally:
         _end_session(process)
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    name = str(folder).strip("/").replace("/", "-")
+    classpath = "airflow.dag_processing.bundles.local.LocalDagBundle"
+    return {"name": name, "classpath": classpath, "kwargs": {"path": str(folder)}}
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

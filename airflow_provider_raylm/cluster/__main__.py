@@ -6,6 +6,7 @@ The request is JSON in the environment; the outcome is the last line of the outp
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -17,21 +18,24 @@ from typing import Any
 import ray
 
 from airflow_provider_raylm import __version__
+from airflow_provider_raylm.cluster import surroundings
 from airflow_provider_raylm.errors import ClusterError, RayLMError
 from airflow_provider_raylm.specs import BatchSpec, EngineRef, EngineSpec, Labels, Value, build
 from airflow_provider_raylm.wire import NAMESPACE_VARIABLE, REQUEST_VARIABLE, error_line, result_line, said_line
 
+_numbers = itertools.count(1)
+
 
 def say(line: str) -> None:
     """Print a line for the task's log."""
-    print(said_line(line), flush=True)
+    print(said_line(next(_numbers), surroundings.hidden(line)), flush=True)
 
 
 def _deploy(payload: dict[str, Any]) -> Value:
-    from airflow_provider_raylm.cluster import engine
+    from airflow_provider_raylm.cluster.engine import deploy
 
     spec, labels = build(EngineSpec, payload["engine"]), build(Labels, payload["labels"])
-    return engine.deploy(spec, labels, payload["replace"], say)
+    return deploy.deploy(spec, labels, payload["replace"], say)
 
 
 def _infer(payload: dict[str, Any]) -> Value:
@@ -43,15 +47,15 @@ def _infer(payload: dict[str, Any]) -> Value:
 
 
 def _teardown(payload: dict[str, Any]) -> Value:
-    from airflow_provider_raylm.cluster import engine
+    from airflow_provider_raylm.cluster.engine import retire
 
-    return engine.teardown(say=say, **payload)
+    return retire.teardown(say=say, **payload)
 
 
 def _sweep(payload: dict[str, Any]) -> Value:
-    from airflow_provider_raylm.cluster import engine
+    from airflow_provider_raylm.cluster.engine import retire
 
-    return engine.sweep(tuple(payload["delete"]), payload["max_age"], payload["installation"], say)
+    return retire.sweep(tuple(payload["delete"]), payload["max_age"], payload["installation"], say)
 
 
 VERBS: dict[str, Callable[[dict[str, Any]], Value]] = {
@@ -87,11 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
         # Ray reports the same failure from several layers; the outcome below tells it once.
         for name in ("ray", "ray.data", "ray.serve"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        surroundings.received(request["env_vars"], request["secret_env"]).enter()
         result = VERBS[verb](request["payload"])
     except Exception as error:
         if not isinstance(error, RayLMError):
-            traceback.print_exc()
-        print(error_line(error), flush=True)
+            print(surroundings.hidden(traceback.format_exc()), flush=True)
+        print(surroundings.hidden(error_line(error)), flush=True)
         return 1
     print(result_line(result.model_dump(mode="json")), flush=True)
     return 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow.sdk.bases.decorator import DecoratedOperator, TaskDecorator, determine_kwargs, task_decorator_factory
+from airflow.sdk.bases.decorator import DecoratedOperator, TaskDecorator, task_decorator_factory
 from airflow.sdk.definitions.context import context_merge
 
+from airflow_provider_raylm.compat import determine_kwargs
 from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.operators.checks import FIELDS
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
 from airflow_provider_raylm.specs import BatchSpec
 
@@ -31,6 +33,7 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
     custom_operator_name = "@task.raylm"
     # What the function returned is known only when it has run.
     overwrite_rtif_after_execution = True
+    rendered_as_the_dag_says = tuple(DecoratedOperator.template_fields)
     template_fields = (*DecoratedOperator.template_fields, *BatchInferenceOperator.template_fields)
     template_fields_renderers: ClassVar[dict[str, str]] = {
         **DecoratedOperator.template_fields_renderers,
@@ -45,8 +48,10 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
         render_returned: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(python_callable=python_callable, batch=None, **kwargs)
-        self.batch = dict(batch or {})
+        # The function may return any field.
+        unknown: dict[str, Any] = dict.fromkeys(FIELDS)
+        super().__init__(python_callable=python_callable, batch={**unknown, **(batch or {})}, **kwargs)
+        self.batch = {name: one for name, one in self.batch.items() if one is not None}
         self.render_returned = render_returned
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -65,13 +70,19 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
                 f"@task.raylm: {self.task_id} returned {type(returned).__name__}, not a BatchSpec or a dict"
             )
         # Airflow has rendered the fields of `batch`; rendered again, what a run's conf put there would be a template.
-        self.batch = {**self.batch, **(self.render_template(returned, context) if self.render_returned else returned)}
+        if self.render_returned:
+            returned = self.render_template(returned, context, self.text_env())
+        self.batch = {**self.batch, **returned}
         result: dict[str, Any] = super().execute(context)
         return result
 
 
 def raylm_task(python_callable: Callable[..., Any] | None = None, **kwargs: Any) -> TaskDecorator:
-    """Make an inference task of a function; see RayLMDecoratedOperator."""
+    """Make an inference task of a function; see RayLMDecoratedOperator.
+
+    What it returns is a report: one XCom, whatever type the function that makes the spec declares.
+    """
+    kwargs.setdefault("multiple_outputs", False)
     return task_decorator_factory(
         python_callable=python_callable, decorated_operator_class=RayLMDecoratedOperator, **kwargs
     )

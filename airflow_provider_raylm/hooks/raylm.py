@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 from airflow.sdk import BaseHook, Connection
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from airflow_provider_raylm import local
 from airflow_provider_raylm.errors import ClusterError
 from airflow_provider_raylm.ray_jobs import RayJobs, RayJobsClient
-from airflow_provider_raylm.specs import Value, build
+from airflow_provider_raylm.specs import RuntimeEnv, Value, build
+from airflow_provider_raylm.specs.base import read_json_text
 
 DEFAULT_PORT = 8265
+# Of what stands in front of a dashboard, and ends TLS.
+DEFAULT_TLS_PORT = 443
 LOCAL_HOST = "local"
 
 
@@ -26,14 +29,38 @@ class Extra(Value):
     ship_package: bool = Field(True, description="Send this package along with each job.")
     python: str = Field("python", description="Interpreter of the cluster's jobs.")
     namespace: str | None = Field(None, description="Ray namespace of the jobs, for row functions' named actors.")
+    runtime_env: Annotated[RuntimeEnv, BeforeValidator(read_json_text)] = Field(
+        RuntimeEnv(), description="What deploys and inference tasks get that do not say otherwise."
+    )
+    entrypoint_num_cpus: float = Field(0, ge=0, description="CPUs that an inference job's own process reserves.")
+    entrypoint_memory: int = Field(512 << 20, ge=0, description="Bytes of memory that it reserves.")
+    entrypoint_resources: Annotated[dict[str, float], BeforeValidator(read_json_text)] = Field(
+        default_factory=dict, description="Ray's resources that it reserves, such as those of some nodes."
+    )
     timeout: float = Field(30, gt=0, description="Seconds per HTTP request.")
+    browser_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/]+",
+        description="Address of the dashboard for people's browsers, for the links of tasks, where it is another.",
+    )
+
+    @property
+    def entrypoint(self) -> dict[str, Any]:
+        """What an inference job's own process reserves, by Ray's names after ``entrypoint_``."""
+        asked = {
+            "num_cpus": self.entrypoint_num_cpus,
+            "memory": self.entrypoint_memory,
+            "resources": self.entrypoint_resources,
+        }
+        return {name: value for name, value in asked.items() if value}
 
 
 class RayLMHook(BaseHook):
     """Talks to one Ray cluster through its dashboard; needs no ray on the worker.
 
-    The connection's host, port (8265), schema (http or https) and password (the cluster's token) give the address;
-    the extra is ``Extra``. ``raylm://local`` is a Ray head on this machine, started when none answers.
+    The connection's host, port (8265, with https 443), schema (http or https) and password (the cluster's token) give
+    the address; the host may be a whole URL. The extra is ``Extra``. ``raylm://local`` is a Ray head on this machine,
+    started when none answers.
 
     Args:
         raylm_conn_id: the connection.
@@ -87,7 +114,10 @@ def _client(connection: Connection) -> RayJobsClient:
         ship_package=extra.ship_package,
         python=extra.python,
         namespace=extra.namespace,
+        runtime_env=extra.runtime_env,
+        entrypoint=extra.entrypoint,
         timeout=extra.timeout,
+        browser_url=extra.browser_url,
     )
 
 
@@ -97,7 +127,36 @@ def _address(connection: Connection) -> str:
             f"The connection {connection.conn_id!r} has no host. Set it to the address of the Ray dashboard, or to "
             f"{LOCAL_HOST!r} for a cluster on this machine."
         )
-    scheme = connection.schema or "http"
+    given, _, rest = connection.host.rpartition("://")
+    host, _, path = rest.partition("/")
+    # An address of IPv6 alone has no port; with one it stands in brackets.
+    bare = host.count(":") > 1 and not host.startswith("[")
+    name, port = (host, "") if bare or host.endswith("]") else _without_port(host)
+    scheme = _only(connection, "schema", connection.schema, given) or "http"
     if scheme not in ("http", "https"):
         raise ClusterError(f"The connection {connection.conn_id!r} has schema {scheme!r}; use http or https.")
-    return f"{scheme}://{connection.host}:{connection.port or DEFAULT_PORT}"
+    known = _only(connection, "port", str(connection.port or ""), port)
+    if not name or (known and not known.isdecimal()):
+        raise ClusterError(f"The connection {connection.conn_id!r} has host {connection.host!r}, which is no address.")
+    default = DEFAULT_TLS_PORT if scheme == "https" else DEFAULT_PORT
+    address = f"{scheme}://{f'[{name}]' if bare else name}:{known or default}"
+    return f"{address}/{path.strip('/')}" if path.strip("/") else address
+
+
+def _without_port(host: str) -> tuple[str, str]:
+    name, colon, port = host.rpartition(":")
+    return (name, port) if colon else (host, "")
+
+
+def _only(connection: Connection, field: str, own: str | None, in_host: str) -> str:
+    """Return what the field or the host says; both may, if they say the same.
+
+    Raises:
+        ClusterError: they do not.
+    """
+    if own and in_host and own != in_host:
+        raise ClusterError(
+            f"The connection {connection.conn_id!r} has {field} {own}, and {in_host} in its host {connection.host!r}: "
+            "say it once."
+        )
+    return own or in_host

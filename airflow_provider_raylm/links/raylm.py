@@ -20,12 +20,14 @@ class RayLMLink(BaseOperatorLink):
     """A link that the task stores under ``xcom_key`` when it knows where it leads."""
 
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
-        """Return what the task stored; empty while it has not."""
-        return str(XCom.get_value(ti_key=ti_key, key=self.xcom_key) or "")
+        """Return what the task stored; empty while it has not.
 
-    def store(self, context: Context, url: str) -> None:
-        """Store where it leads."""
-        context["ti"].xcom_push(key=self.xcom_key, value=url)
+        A worker asks at a task's end for every link, and an XCom that is not there is an error in the task's log.
+        """
+        links = getattr(operator, "links", None)
+        if links is not None:
+            return str(links.get(self.xcom_key, ""))
+        return str(XCom.get_value(ti_key=ti_key, key=self.xcom_key) or "")
 
 
 class RayJobLink(RayLMLink):
@@ -46,10 +48,15 @@ class OutputLink(RayLMLink):
     name = "Output"
 
 
-def store_links(context: Context, dashboard_url: str, job: str, application: str | None, output: str | None) -> None:
-    """Store where the links of a task lead that has its job."""
-    RayJobLink().store(context, f"{dashboard_url}/#/jobs/{quote(job)}")
+def store_links(
+    context: Context, dashboard_url: str, job: str, application: str | None, output: str | None
+) -> dict[str, str]:
+    """Store where the links of a task lead that has its job, and return it by the links' keys."""
+    links = {RayJobLink().xcom_key: f"{dashboard_url}/#/jobs/{quote(job)}"}
     if application is not None:
-        ServeApplicationLink().store(context, f"{dashboard_url}/#/serve/applications/{quote(application)}")
+        links[ServeApplicationLink().xcom_key] = f"{dashboard_url}/#/serve/applications/{quote(application)}"
     if output is not None:
-        OutputLink().store(context, output)
+        links[OutputLink().xcom_key] = output
+    for key, where in links.items():
+        context["ti"].xcom_push(key=key, value=where)
+    return links

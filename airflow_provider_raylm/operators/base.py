@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from airflow.sdk import BaseOperator, BaseOperatorLink, conf
+from airflow.sdk import BaseOperator, BaseOperatorLink
 
-from airflow_provider_raylm.errors import from_wire
+from airflow_provider_raylm.compat import AirflowFailException, allow_class, conf
+from airflow_provider_raylm.errors import EngineGone, SpecError, from_wire
 from airflow_provider_raylm.following import Follower, Stopped, submit_or_attach
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.links.raylm import RayJobLink, store_links
 from airflow_provider_raylm.naming import submission_id
 from airflow_provider_raylm.observability import annotate
-from airflow_provider_raylm.polling import Watch
+from airflow_provider_raylm.operators.rendering import RendersText
+from airflow_provider_raylm.packages import Packed, pack
+from airflow_provider_raylm.polling import PENDING_TIMEOUT_S, Watch
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
+from airflow_provider_raylm.specs import (
+    BatchReport,
+    BatchSpec,
+    EngineRef,
+    EngineSpec,
+    RuntimeEnv,
+    SweepReport,
+    TeardownReport,
+    Value,
+)
 from airflow_provider_raylm.triggers.raylm import RayJobTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
+
+# Values that tasks may return as objects: whatever reads them from XCom has imported the DAG, and so this module.
+for _value in (BatchSpec, EngineSpec, EngineRef, BatchReport, TeardownReport, SweepReport):
+    allow_class(_value)
 
 
 @dataclass(frozen=True)
@@ -31,10 +49,13 @@ class Command:
     Attributes:
         verb: deploy, infer, teardown or sweep.
         payload: the verb's arguments, JSON values.
-        timeout: seconds after which its job is stopped; None leaves it to ``execution_timeout``.
+        timeout: seconds after its start at which its job is stopped; None leaves it to ``execution_timeout``.
         application: the engine that it concerns, for the links.
         output: where answers go, for the links.
         lasting: whether its result still holds when nobody was there to take it: a retry takes it then.
+        runtime_env: what its job finds beside the image, over what the connection says; None for the image alone: what
+            only needs this package must not fail with somebody's.
+        storage: options of fsspec's file systems, by protocol, which only the job may see.
     """
 
     verb: str
@@ -43,6 +64,8 @@ class Command:
     application: str | None = None
     output: str | None = None
     lasting: bool = False
+    runtime_env: RuntimeEnv | None = None
+    storage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -60,27 +83,76 @@ class Outcome:
     submission_id: str
 
 
-class RayLMOperator(BaseOperator):
+def json_values(value: Value) -> dict[str, Any]:
+    """Return a value as it goes into an XCom or a request."""
+    dumped: dict[str, Any] = value.model_dump(mode="json")
+    return dumped
+
+
+class UnfixableSpec(SpecError, AirflowFailException):
+    """A SpecError as Airflow does not try again: the author has to change something."""
+
+
+class UnfixableEngine(EngineGone, AirflowFailException):
+    """An EngineGone as Airflow does not try again: the deploy task has to be cleared."""
+
+
+@contextmanager
+def no_retries_in_vain(gone: bool = True) -> Iterator[None]:
+    """Have Airflow not try again what fails again: an engine may hold a GPU meanwhile.
+
+    Args:
+        gone: also when the engine is gone; False where a retry deploys it again.
+
+    Raises:
+        UnfixableSpec: the body raised a SpecError.
+        UnfixableEngine: it raised an EngineGone.
+    """
+    try:
+        yield
+    except SpecError as error:
+        raise UnfixableSpec(str(error)) from None
+    except EngineGone as error:
+        if not gone:
+            raise
+        raise UnfixableEngine(str(error)) from None
+
+
+class RayLMOperator(RendersText, BaseOperator):
     """Runs one verb on the cluster as a Ray job and returns its result.
 
     A retry attaches to the job that is still running for the same task and request, and never submits a second one.
 
     Args:
-        raylm_conn_id: connection to the Ray cluster.
+        raylm_conn_id: connection to the Ray cluster; None for the hook's default.
         poll_interval: seconds between two looks at the job.
+        pending_timeout: seconds that the job may wait to start, by the cluster's clock; then it is stopped.
+
+    Raises:
+        SpecError: *pending_timeout* is none.
     """
 
     ui_color = "#cfe8ff"
     operator_extra_links: Collection[BaseOperatorLink] = (RayJobLink(),)
 
     def __init__(
-        self, *, raylm_conn_id: str = RayLMHook.default_conn_name, poll_interval: float = 3.0, **kwargs: Any
+        self,
+        *,
+        raylm_conn_id: str | None = None,
+        poll_interval: float = 3.0,
+        pending_timeout: float = PENDING_TIMEOUT_S,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.raylm_conn_id = raylm_conn_id
+        if not pending_timeout > 0:
+            raise SpecError(f"pending_timeout: {pending_timeout!r} is no number of seconds above 0")
+        self.raylm_conn_id = raylm_conn_id or RayLMHook.default_conn_name
         self.poll_interval = poll_interval
+        self.pending_timeout = pending_timeout
         self._follower: Follower | None = None
         self._told_to_end = False
+        # By their key; None in a process that did not begin the job, where XCom tells.
+        self.links: dict[str, str] | None = {}
 
     def run_on_cluster(self, context: Context, command: Command) -> Outcome:
         """Run *command* and return its outcome.
@@ -90,8 +162,13 @@ class RayLMOperator(BaseOperator):
         """
         with closing(RayLMHook(self.raylm_conn_id).get_conn()) as jobs:
             follower = self._begin(jobs, context, command)
-            deadline = time.time() + command.timeout if command.timeout is not None else None
-            return Outcome(follower.wait(Watch(deadline=deadline)), jobs.dashboard_url, follower.submission_id)
+            watch = Watch(deadline=self._deadline(command), pending_timeout=self.pending_timeout)
+            return Outcome(follower.wait(watch), jobs.dashboard_url, follower.submission_id)
+
+    def _deadline(self, command: Command, *bounds: float) -> float | None:
+        """Return the Unix seconds at which the job has to be done, by its own time-out and by *bounds* from now."""
+        own = [self.pending_timeout + command.timeout] if command.timeout is not None else []
+        return min((time.time() + bound for bound in (*own, *bounds)), default=None)
 
     def _begin(self, jobs: RayJobs, context: Context, command: Command) -> Follower:
         """Attach to the job that runs for this task and command, or submit one."""
@@ -106,18 +183,37 @@ class RayLMOperator(BaseOperator):
             "clear_number": str(context["dag_run"].clear_number),
         }
 
-        def request(attempt: int) -> JobRequest:
-            name = submission_id(command.verb, task, command.payload, attempt)
-            return JobRequest(name, command.verb, command.payload, metadata)
+        environment = self._packed(jobs, command)
+        # A job with other code or variables is another one.
+        content = [command.payload, environment.identity] if environment.identity else command.payload
 
-        job = submit_or_attach(jobs, request, self.log.info, command.lasting)
+        def request(attempt: int) -> JobRequest:
+            name = submission_id(command.verb, task, content, attempt)
+            return JobRequest(name, command.verb, command.payload, metadata, environment, command.storage)
+
+        job = submit_or_attach(
+            jobs, request, self.log.info, command.lasting, self.pending_timeout, self._pause_unless_told_to_end
+        )
         self._follower = Follower(jobs, job, self.log.info, self.poll_interval)
-        store_links(context, jobs.dashboard_url, job, command.application, command.output)
+        self.links = store_links(context, jobs.dashboard_url, job, command.application, command.output)
         annotate(submission_id=job, application=command.application, output=command.output)
         if self._told_to_end:
             self._follower.end()
             raise Stopped(f"The task was told to end while it submitted Ray job {job}, which was told to stop.")
         return self._follower
+
+    def _packed(self, jobs: RayJobs, command: Command) -> Packed:
+        if command.runtime_env is None:
+            return Packed()
+        folder = Path(self.dag.fileloc).parent if self.has_dag() else Path()  # type: ignore[no-untyped-call]
+        return pack(command.runtime_env.over(jobs.runtime_env), folder)
+
+    def _pause_unless_told_to_end(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self._told_to_end:
+                raise Stopped("The task was told to end while the cluster was silent, before it had a Ray job.")
+            time.sleep(min(seconds, 0.2))
 
     def on_kill(self) -> None:
         """Stop the remote job; Airflow calls this when the task is marked, cleared or timed out."""
@@ -139,6 +235,11 @@ class DeferrableRayLMOperator(RayLMOperator):
         super().__init__(**kwargs)
         self.deferrable = deferrable
 
+    @property
+    def gone_for_good(self) -> bool:
+        """Whether an engine that is gone stays so, whatever a retry does."""
+        return True
+
     def command(self, context: Context) -> Command:
         """Return what the cluster has to do.
 
@@ -153,19 +254,20 @@ class DeferrableRayLMOperator(RayLMOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the job and return its result."""
-        command = self.command(context)
-        if self.deferrable:
-            self._defer(context, command)
-        return self.finish(context, self.run_on_cluster(context, command))
+        with no_retries_in_vain(self.gone_for_good):
+            command = self.command(context)
+            if self.deferrable:
+                self._defer(context, command)
+            return self.finish(context, self.run_on_cluster(context, command))
 
     def _defer(self, context: Context, command: Command) -> NoReturn:
         now = time.time()
         # Airflow does not look at execution_timeout while a task is deferred.
-        bounds = [command.timeout, self.execution_timeout.total_seconds() if self.execution_timeout else None]
-        deadline = min((now + bound for bound in bounds if bound is not None), default=None)
+        bounds = [self.execution_timeout.total_seconds()] if self.execution_timeout else []
+        deadline = self._deadline(command, *bounds)
         with closing(RayLMHook(self.raylm_conn_id).get_conn()) as jobs:
             job = self._begin(jobs, context, command).submission_id
-        trigger = RayJobTrigger(self.raylm_conn_id, job, self.poll_interval, deadline, now)
+        trigger = RayJobTrigger(self.raylm_conn_id, job, self.poll_interval, deadline, now, self.pending_timeout)
         self.defer(trigger=trigger, method_name=self.resume.__name__)
 
     def resume(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
@@ -174,6 +276,8 @@ class DeferrableRayLMOperator(RayLMOperator):
         Raises:
             RayLMError: what the cluster reported, or why it could not.
         """
-        if "error" in event:
-            raise from_wire(event["error"])
-        return self.finish(context, Outcome(**event))
+        self.links = None
+        with no_retries_in_vain(self.gone_for_good):
+            if "error" in event:
+                raise from_wire(event["error"])
+            return self.finish(context, Outcome(**event))

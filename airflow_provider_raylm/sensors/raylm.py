@@ -6,11 +6,13 @@ from contextlib import closing
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import BaseSensorOperator, PokeReturnValue, conf
+from airflow.sdk import BaseSensorOperator, PokeReturnValue
 
+from airflow_provider_raylm.compat import conf
 from airflow_provider_raylm.errors import from_wire
 from airflow_provider_raylm.hooks.raylm import RayLMHook
-from airflow_provider_raylm.operators.raylm import installation
+from airflow_provider_raylm.operators.owners import installation
+from airflow_provider_raylm.operators.rendering import RendersText
 from airflow_provider_raylm.polling import Unreachable
 from airflow_provider_raylm.specs import EngineQuery, EngineRef, build
 from airflow_provider_raylm.triggers.raylm import EngineTrigger
@@ -19,12 +21,12 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
 
-class EngineSensor(BaseSensorOperator):
+class EngineSensor(RendersText, BaseSensorOperator):
     """Waits until an engine of another DAG, run or Airflow can take work, and returns its ``EngineRef``.
 
     Inference tasks take it as they take a deploy task's. They renew the engine's lease while they work; it stays its
-    owner's to tear down, and TeardownEngineOperator refuses to. With several that fit, the one whose run id comes
-    last in the alphabet is taken, which is the latest of a schedule.
+    owner's to tear down, and TeardownEngineOperator refuses to. With several that fit, the one that was
+    deployed last is taken.
 
     Args:
         engine: the engine's name.

@@ -4,7 +4,7 @@ All defaults and all validation of the public API live here. Every spec is froze
 plain JSON on the wire, so that the worker, the cluster and a unit test see the same thing.
 """
 
-from airflow_provider_raylm.specs.base import RESERVED_PREFIX, SpecT, Value, build, check_unrendered
+from airflow_provider_raylm.specs.base import RESERVED_PREFIX, SpecT, Value, build, check_unrendered, read_json_text
 from airflow_provider_raylm.specs.batch import BatchSpec, Format, OutputFormat, Step
 from airflow_provider_raylm.specs.engine import EngineQuery, EngineRef, EngineSpec, Labels, Lease
 from airflow_provider_raylm.specs.reports import (
@@ -16,6 +16,7 @@ from airflow_provider_raylm.specs.reports import (
     SweepReport,
     TeardownReport,
 )
+from airflow_provider_raylm.specs.runtime_env import RuntimeEnv
 
 __all__ = [
     "RESERVED_PREFIX",
@@ -32,6 +33,7 @@ __all__ = [
     "Lease",
     "OnBusy",
     "OutputFormat",
+    "RuntimeEnv",
     "SpecT",
     "Step",
     "SweepReport",
@@ -39,4 +41,5 @@ __all__ = [
     "Value",
     "build",
     "check_unrendered",
+    "read_json_text",
 ]

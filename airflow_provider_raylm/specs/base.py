@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, TypeVar
+import types
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 
 from airflow_provider_raylm.errors import SpecError
 
@@ -13,10 +16,61 @@ RESERVED_PREFIX = "raylm_"
 """Columns with this prefix are written by the provider: row id, token counts, finish reason, failure."""
 
 
-class Value(BaseModel):
-    """A frozen value that refuses fields it does not know."""
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _NamesWhatIsWrong(ModelMetaclass):
+    """Has a value that is built wrongly raise this package's own error."""
+
+    # Hidden from type checkers, which would no longer see a value's fields.
+    if not TYPE_CHECKING:
+
+        def __call__(cls, *args: Any, **fields: Any) -> Any:
+            try:
+                return super().__call__(*args, **fields)
+            except ValidationError as error:
+                raise SpecError(_explain(cls, error.errors())) from None
+
+
+class Value(BaseModel, metaclass=_NamesWhatIsWrong):
+    """A frozen value that refuses fields it does not know, and takes a list or an object as JSON text, too.
+
+    Raises:
+        SpecError: a field is unknown, missing or bad; every one is named with its reason.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_json_texts(cls, given: Any) -> Any:
+        """Read what a Jinja template makes of a list or an object (``{{ params.engine_kwargs | tojson }}``)."""
+        given = read_json_text(given)
+        if not isinstance(given, Mapping):
+            return given
+        structured = _structured_fields(cls)
+        return {name: read_json_text(one) if name in structured else one for name, one in given.items()}
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Return *obj* as this value.
+
+        Raises:
+            SpecError: a field is unknown, missing or bad.
+        """
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise SpecError(_explain(cls, error.errors())) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise SpecError(_explain(type(self), error.errors())) from None
 
 
 SpecT = TypeVar("SpecT", bound=Value)
@@ -30,10 +84,7 @@ def build(spec: type[SpecT], value: object) -> SpecT:
     """
     if isinstance(value, spec):
         return value
-    try:
-        return spec.model_validate(value)
-    except ValidationError as error:
-        raise SpecError(_explain(spec, error.errors())) from None
+    return spec.model_validate(value)
 
 
 def check_unrendered(spec: type[Value], value: object, is_deferred: Any) -> None:
@@ -45,13 +96,14 @@ def check_unrendered(spec: type[Value], value: object, is_deferred: Any) -> None
     Raises:
         SpecError: a known field is bad, or a field is unknown.
     """
-    if is_deferred(value) or isinstance(value, spec):
+    if isinstance(value, spec) or (not isinstance(value, dict) and is_deferred(value)):
         return
     if not isinstance(value, dict):
         raise SpecError(f"{spec.__name__}: expected a {spec.__name__} or a dict, got {type(value).__name__}")
     deferred = {field for field, content in value.items() if is_deferred(content)}
     try:
-        spec.model_validate({field: content for field, content in value.items() if field not in deferred})
+        # Not by the value's own method: what is left out here is no error.
+        spec.__pydantic_validator__.validate_python({n: one for n, one in value.items() if n not in deferred})
     except ValidationError as error:
         left = [e for e in error.errors() if not deferred or (e["loc"] and e["loc"][0] not in deferred)]
         if left:
@@ -62,23 +114,60 @@ def check_unrendered(spec: type[Value], value: object, is_deferred: Any) -> None
 
 
 def _explain(spec: type[Value], errors: list[Any]) -> str:
-    lines = []
+    lines: dict[tuple[str, str], str] = {}
     for error in errors:
-        where = ".".join([spec.__name__, *(str(part) for part in error["loc"])])
+        # Without the names that pydantic gives to the members of a union.
+        where = ".".join([spec.__name__, *(str(part) for part in error["loc"] if "[" not in str(part))])
         reason = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             reason = f"unknown field; known are {_known(spec)}" if len(error["loc"]) == 1 else "unknown field"
-        lines.append(f"{where}: {reason}")
-    return "\n".join(lines)
+        elif error["type"] in _STRUCTURED and isinstance(error["input"], str):
+            reason = (
+                f"expected {_STRUCTURED[error['type']]}, got the text {error['input'][:60]!r}, which is no JSON of "
+                "one; a template makes it with the filter tojson"
+            )
+        lines.setdefault((where, error["type"] if error["type"] not in _STRUCTURED else ""), f"{where}: {reason}")
+    return "\n".join(lines.values())
 
 
 def _known(spec: type[Value]) -> str:
     return ", ".join(spec.model_fields)
 
 
-def _from_json_text(value: object) -> object:
-    """Read JSON text: what a Jinja template makes of a mapping (``{{ params.engine_kwargs | tojson }}``)."""
-    return json.loads(value) if isinstance(value, str) else value
+def read_json_text(value: Any) -> Any:
+    """Return the list or object whose JSON text *value* is; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "null")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
-JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_from_json_text)]
+_STRUCTURED = {"dict_type": "an object", "model_type": "an object", "list_type": "a list", "tuple_type": "a list"}
+
+
+@cache
+def _structured_fields(spec: type[Value]) -> frozenset[str]:
+    """Return the names of the fields that may hold a list, an object or another value, also beside text."""
+    return frozenset(
+        name for name, field in spec.model_fields.items() if any(map(_is_structured, _choices(field.annotation)))
+    )
+
+
+def _choices(annotation: Any) -> Iterator[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _choices(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType):
+        for one in get_args(annotation):
+            yield from _choices(one)
+    else:
+        yield origin or annotation
+
+
+def _is_structured(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, tuple | list | Mapping | Value)
+
+
+JsonObject = dict[str, JsonValue]

@@ -157,7 +157,9 @@ class BatchSpec(Step):
         ge=1,
         description="Rows on their way at a time, rounded up to blocks; default: twice what the engine works on.",
     )
-    request_timeout: float = Field(600, gt=0, description="Seconds per row in the engine; then it fails.")
+    request_timeout: float | None = Field(
+        None, gt=0, description="Seconds that a row may be in the engine; default: for as long as it gets tokens."
+    )
     engine_timeout: float = Field(900, gt=0, description="Seconds that a failed engine may take to be back.")
     deduplicate: bool = Field(
         False, description="Ask rows with the same question once; needs temperature 0, where the answers are the same."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from airflow_provider_raylm.specs.base import JsonObject, Value
+from airflow_provider_raylm.specs.runtime_env import RuntimeEnv
 
 
 class Lease(Value):
@@ -35,7 +37,7 @@ class EngineSpec(Value):
         default_factory=dict, description="vLLM engine arguments, by vLLM's own names (e.g. max_model_len)."
     )
     accelerator_type: str | None = Field(None, description="Ray's name of the accelerator, e.g. H100.")
-    gpus: float = Field(1, ge=0, description="GPUs per vLLM worker; a fraction shares a GPU; 0 means CPU.")
+    gpus: float = Field(1, ge=0, description="GPU of each vLLM worker: 1, a fraction of a shared one, or 0 for CPUs.")
     cpus: float = Field(1, gt=0, description="CPUs of each replica's own process.")
     tensor_parallel_size: int = Field(1, ge=1)
     pipeline_parallel_size: int = Field(1, ge=1)
@@ -47,6 +49,9 @@ class EngineSpec(Value):
     secret_env: dict[str, str] = Field(
         default_factory=dict,
         description="Secret environment of the replicas: each variable's file on the cluster's nodes.",
+    )
+    runtime_env: RuntimeEnv = Field(
+        RuntimeEnv(), description="What the engine's jobs and replicas find beside the cluster's image."
     )
     log_engine_metrics: bool = Field(
         False, description="Publish vLLM's metrics on Ray's Prometheus port; costs throughput (see performance)."
@@ -72,24 +77,58 @@ class EngineSpec(Value):
             *("load_format", "download_dir", "max_parallel_loading_workers", "disable_log_stats", "scheduling_policy"),
         }
     )
+    # What of vLLM's arguments a field decides, or Ray does, or nothing here would heed; and what to do instead.
     _own_arguments: ClassVar[dict[str, str]] = {
-        "model": "model",
-        "tokenizer": "tokenizer",
-        "served_model_name": "served_name",
-        "tensor_parallel_size": "tensor_parallel_size",
-        "pipeline_parallel_size": "pipeline_parallel_size",
+        "model": "set EngineSpec.model instead",
+        "tokenizer": "set EngineSpec.tokenizer instead",
+        "served_model_name": "set EngineSpec.served_name instead",
+        "tensor_parallel_size": "set EngineSpec.tensor_parallel_size instead",
+        "pipeline_parallel_size": "set EngineSpec.pipeline_parallel_size instead",
+        "prefill_context_parallel_size": "Ray reserves no GPUs for it; set EngineSpec.tensor_parallel_size instead",
+        "data_parallel_*": "set EngineSpec.replicas instead",
+        "distributed_executor_backend": "EngineSpec.gpus decides: with GPUs Ray's workers, without processes",
+        "device_ids": "Ray chooses the GPUs; set EngineSpec.accelerator_type for a kind",
+        "nnodes": "Ray chooses the nodes",
+        "node_rank": "Ray chooses the nodes",
+        "master_addr": "Ray chooses the nodes",
+        "master_port": "Ray chooses the nodes",
+        "max_num_queued_*": "it would refuse rows that can wait; set max_num_seqs for what an engine works on",
+        "skip_tokenizer_init": "rows are text, which an engine without a tokenizer refuses",
+        "hf_token": "set EngineSpec.secret_env's HF_TOKEN instead",
+        "host": "an engine has no HTTP endpoint",
+        "port": "an engine has no HTTP endpoint",
+        "uds": "an engine has no HTTP endpoint",
+        "api_key": "an engine has no HTTP endpoint",
+        "root_path": "an engine has no HTTP endpoint",
+        "middleware": "an engine has no HTTP endpoint",
+        "ssl_*": "an engine has no HTTP endpoint",
     }
+    _own_variables: ClassVar[dict[str, str]] = {
+        "VLLM_RAY_PER_WORKER_GPUS": "set EngineSpec.gpus instead",
+        "VLLM_RAY_BUNDLE_INDICES": "Ray chooses the GPUs",
+        "VLLM_DP_*": "set EngineSpec.replicas instead",
+    }
+    # Without GPUs, they hide those that a node has.
+    _visible_gpus: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"),
+        "Ray chooses the GPUs; set EngineSpec.accelerator_type for a kind",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for argument, field in self._own_arguments.items():
-            if argument in self.engine_kwargs:
-                raise ValueError(f"engine_kwargs.{argument}: set EngineSpec.{field} instead")
+        _refuse("engine_kwargs", self.engine_kwargs, self._own_arguments)
+        around = self.runtime_env
+        for field, variables in (
+            *(("env", self.env), ("secret_env", self.secret_env)),
+            *(("runtime_env.env_vars", around.env_vars), ("runtime_env.secret_env", around.secret_env)),
+        ):
+            _refuse(field, variables, self._own_variables | (self._visible_gpus if self.gpus else {}))
+        self._check_gpus()
+        if self.log_engine_metrics and self.engine_kwargs.get("disable_log_stats"):
+            raise ValueError("engine_kwargs.disable_log_stats: log_engine_metrics needs these statistics")
         twice = sorted(set(self.env) & set(self.secret_env))
         if twice:
             raise ValueError(f"secret_env.{twice[0]}: env sets it, too")
-        if self.gpus == 0 and self.accelerator_type:
-            raise ValueError(f"accelerator_type {self.accelerator_type!r} needs a GPU, but gpus is 0")
         if isinstance(self.replicas, tuple):
             low, high = self.replicas
             if not 1 <= low <= high:
@@ -98,11 +137,36 @@ class EngineSpec(Value):
             raise ValueError("replicas: at least 1")
         return self
 
+    def _check_gpus(self) -> None:
+        if self.gpus == 0 and self.accelerator_type:
+            raise ValueError(f"accelerator_type {self.accelerator_type!r} needs a GPU, but gpus is 0")
+        if self.gpus > 1:
+            raise ValueError(
+                f"gpus: at most 1 for each vLLM worker, got {self.gpus:g}; for an engine on several GPUs set "
+                "tensor_parallel_size or pipeline_parallel_size, for more engines replicas"
+            )
+        if 0 < self.gpus <= 0.5 and self.workers > 1:
+            raise ValueError(
+                f"gpus: with {self.gpus:g} each, Ray may put several of this engine's {self.workers} workers on one "
+                "GPU, which NCCL refuses; ask for more than 0.5 (tensor_parallel_size, pipeline_parallel_size)"
+            )
+        memory = self.engine_kwargs.get("gpu_memory_utilization")
+        if 0 < self.gpus < 1 and isinstance(memory, int | float) and memory > self.gpus:
+            raise ValueError(
+                f"engine_kwargs.gpu_memory_utilization: {memory:g} of a GPU's memory, but gpus is {self.gpus:g}; the "
+                "rest belongs to whoever shares the GPU"
+            )
+
     @property
     def answers_from(self) -> dict[str, object]:
         """What an answer depends on; another number of replicas, environment or waiting time gives the same."""
         chosen = {name: value for name, value in self.engine_kwargs.items() if name not in self._not_in_answers}
         return {"model": self.model, "tokenizer": self.tokenizer, "engine_kwargs": chosen}
+
+    @property
+    def workers(self) -> int:
+        """Number of vLLM workers of one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def max_replicas(self) -> int:
@@ -113,6 +177,14 @@ class EngineSpec(Value):
     def served_model_name(self) -> str:
         """The model's name in requests and reports."""
         return self.served_name or self.model
+
+
+def _refuse(field: str, given: Mapping[str, object], reasons: Mapping[str, str]) -> None:
+    """Raise ValueError for the first name that one of the patterns fits."""
+    for name in given:
+        for pattern, instead in reasons.items():
+            if fnmatchcase(name, pattern):
+                raise ValueError(f"{field}.{name}: {instead}")
 
 
 class Labels(Value):
@@ -136,11 +208,13 @@ class EngineRef(Value):
     labels: Labels
     lease: Lease
     replicas: int = Field(1, description="Replicas of the engine, at most.")
+    runtime_env: RuntimeEnv = Field(RuntimeEnv(), description="Its own: the tasks on it get the same.")
     dashboard_url: str = ""
     adopted: bool = Field(False, description="True when it was already running.")
     ray_version: str = ""
     vllm_version: str = ""
     deploy_seconds: float = 0.0
+    deployed_at: float = Field(0.0, description="Unix seconds at which its deployment began; 0 when it was adopted.")
 
 
 class EngineQuery(Value):
@@ -152,7 +226,7 @@ class EngineQuery(Value):
     engine: str
 
     def latest(self, engines: Iterable[EngineRef]) -> EngineRef | None:
-        """Return the engine that fits; of several, the one whose run id comes last in the alphabet."""
+        """Return the engine that fits; of several, the one that was deployed last."""
         wanted = self.model_dump(exclude_none=True).items()
         fitting = (ref for ref in engines if wanted <= ref.labels.model_dump().items())
-        return max(fitting, key=lambda ref: ref.labels.run_id, default=None)
+        return max(fitting, key=lambda ref: (ref.deployed_at, ref.labels.run_id), default=None)

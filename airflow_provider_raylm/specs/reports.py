@@ -78,14 +78,16 @@ class EngineSeconds(Value):
 
 
 class EngineInfo(Value):
-    """An engine of this provider as found on the cluster."""
+    """An engine of this provider as found on the cluster. What its lease does not tell, for now, is None or empty."""
 
     application: str
     status: str
     fingerprint: str
     labels: Labels
-    age_seconds: float
-    working: tuple[str, ...] = Field((), description="Outputs of the tasks that are at work on it.")
+    age_seconds: float | None = Field(description="None when its lease does not answer.")
+    working: tuple[str, ...] | None = Field(
+        (), description="Outputs of the tasks that are at work on it; None when its lease does not answer."
+    )
     usage: EngineUsage = Field(default_factory=EngineUsage)
     spent: EngineSeconds = Field(default_factory=EngineSeconds)
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +17,7 @@ from urllib.parse import quote
 import psutil
 
 from airflow_provider_raylm import local
+from tests.benchmarks.harness import cpu_s
 from tests.standalone import Airflow, standalone
 
 HERE = Path(__file__).parent
@@ -50,10 +51,12 @@ class _Jobs(http.server.BaseHTTPRequestHandler):
         name = self.path.split("/")[3] if self.path.startswith("/api/jobs/") else ""
         if self.path.endswith("/logs"):
             self._answer(200, {"logs": ""})
+        elif self.path.startswith("/api/v0/logs/"):
+            self._answer(200, "", "text/plain")
         elif name in self.server.jobs:
             self._answer(200, {"status": "RUNNING", "message": ""})
         else:
-            self._answer(404, {})
+            self._answer(404, f"Job {name} does not exist")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
@@ -64,10 +67,10 @@ class _Jobs(http.server.BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         self._answer(200, {})
 
-    def _answer(self, code: int, body: dict[str, Any]) -> None:
-        content = json.dumps(body).encode()
+    def _answer(self, code: int, body: dict[str, Any] | str, kind: str = "application/json") -> None:
+        content = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -89,27 +92,34 @@ def _dashboard() -> Iterator[_Dashboard]:
 
 
 def deferred(tasks: tuple[int, ...]) -> dict[str, Any]:
+    """Do as ``deferred_on`` with an Airflow that has nothing else to do."""
+    environ = {"AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "1000"}
+    with TemporaryDirectory(prefix="raylm-") as folder, standalone(Path(folder), [HERE / "dags"], environ) as airflow:
+        return deferred_on(airflow, tasks)
+
+
+def deferred_on(airflow: Airflow, tasks: tuple[int, ...]) -> dict[str, Any]:
     """Defer ever more tasks on one triggerer; measure its CPU and memory, and the dashboard's requests, over a minute.
 
     Args:
+        airflow: has the DAGs of this folder.
         tasks: how many at a time, ascending.
     """
     found = {}
-    with TemporaryDirectory(prefix="raylm-") as folder, _dashboard() as dashboard:
-        environ = {
-            "AIRFLOW_CONN_RAYLM_DEFAULT": f"raylm://127.0.0.1:{dashboard.server_port}",
-            "AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "1000",
-        }
-        with standalone(Path(folder), HERE / "dags", environ) as airflow:
-            there = 0
-            for number in tasks:
-                run = airflow.trigger("raylm_deferred", {"tasks": number - there})
-                _wait_until_deferred(airflow, run, number - there)
-                there = number
-                found[f"tasks_{number}"] = _measure(airflow, dashboard)
-                print(f"bench: deferred {number} {found[f'tasks_{number}']}", flush=True)
+    with _dashboard() as dashboard:
+        airflow.connect("raylm_deferred", conn_type="raylm", host="127.0.0.1", port=dashboard.server_port)
+        runs, there = [], 0
+        for number in tasks:
+            runs.append(airflow.trigger("raylm_deferred", {"tasks": number - there}))
+            _wait_until_deferred(airflow, runs[-1], number - there)
+            there = number
+            found[f"tasks_{number}"] = _measure(airflow, dashboard)
+            print(f"bench: deferred {number} {found[f'tasks_{number}']}", flush=True)
+        for run in runs:
+            airflow.call("PATCH", f"/dags/raylm_deferred/dagRuns/{quote(run)}", state="failed")
     least, most = found[f"tasks_{tasks[0]}"], found[f"tasks_{tasks[-1]}"]
-    return {"contenders": found, "ratios": {name: round(most[name] / least[name], 3) for name in least}}
+    ratios = {name: round(most[name] / least[name], 3) for name in least if least[name]}
+    return {"contenders": found, "ratios": ratios}
 
 
 def _wait_until_deferred(airflow: Airflow, run: str, tasks: int) -> None:
@@ -126,19 +136,10 @@ def _wait_until_deferred(airflow: Airflow, run: str, tasks: int) -> None:
 def _measure(airflow: Airflow, dashboard: _Dashboard) -> dict[str, float]:
     processes = [psutil.Process(pid) for pid in local.session(airflow.pid)]
     triggerer = [process for process in processes if "triggerer" in " ".join(process.cmdline())]
-    requests, cpu = dashboard.requests, _cpu_s(triggerer)
+    requests, cpu = dashboard.requests, cpu_s(triggerer)
     time.sleep(MEASURED_S)
     return {
         "requests_per_s": round((dashboard.requests - requests) / MEASURED_S, 2),
-        "triggerer_cpu_percent": round(100 * (_cpu_s(triggerer) - cpu) / MEASURED_S, 1),
+        "triggerer_cpu_percent": round(100 * (cpu_s(triggerer) - cpu) / MEASURED_S, 1),
         "triggerer_rss_mb": round(sum(process.memory_info().rss for process in triggerer) / 2**20, 1),
     }
-
-
-def _cpu_s(processes: list[psutil.Process]) -> float:
-    total = 0.0
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,13 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 HTTP_PORT = 28200
 START_TIMEOUT_S = 300.0
-JOB_TIMEOUT_S = 400.0
+JOB_TIMEOUT_S = 900.0
+# What people write who cannot hand over all rows at once.
+CHUNK = 512
+SAME_ENGINE = {"offline_in_chunks": "offline"}
+# The engine works when its scheduler takes so much of a core.
+LOOK_PERIOD_S = 0.2
+BUSY = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class Timing:
     """What one contender took, once.
 
     Attributes:
-        rows_per_s: steady state: rows after the first that came out, per second until the last.
+        rows_per_s: steady state: rows after the first that came out, per second until the last; where the workload
+            says so, all rows, from the first request that the engine got.
         tokens_per_s: the same in generated tokens.
         first_row_s: from the start of the task until its first rows were out.
         total_s: from the start of the task to its end. No engine is loaded in it but a private one.
@@ -53,7 +60,13 @@ class Timing:
 
 
 class Bench:
-    """One cluster, one model of a size, and the ways to ask it."""
+    """One cluster, one model of a size, and the ways to ask it.
+
+    Attributes:
+        engine: reference of the shared engine.
+        endpoint: of vLLM's own server.
+        began: the file that an engine without vLLM makes with its first row.
+    """
 
     def __init__(self, cluster: Cluster, model: Path, engine_kwargs: Mapping[str, Any], gpus: int, cpus: float) -> None:
         self.cluster = cluster
@@ -61,11 +74,12 @@ class Bench:
         self.engine_kwargs = dict(engine_kwargs)
         self.engine: dict[str, Any] = {}
         self.endpoint = ""
+        self.began: Path | None = None
         self._gpus = gpus
         self._cpus = cpus
-        self._offline: subprocess.Popen[str] | None = None
+        self._offline: dict[str, subprocess.Popen[str]] = {}
 
-    def deploy(self, name: str) -> dict[str, Any]:
+    def deploy(self, name: str, **fields: Any) -> dict[str, Any]:
         """Deploy a shared engine and return its reference."""
         spec = {
             "name": name,
@@ -74,25 +88,42 @@ class Bench:
             "cpus": self._cpus,
             "engine_kwargs": self.engine_kwargs,
             "lease": {"idle_timeout": 7200},
+            **fields,
         }
         labels = {"installation": "benchmark", "dag_id": "benchmark", "run_id": name, "engine": name}
         payload = {"engine": spec, "labels": labels, "replace": False}
         return self.cluster.finish(self.cluster.start("deploy", payload), timeout=START_TIMEOUT_S)[0]
+
+    def deploy_script(self, script: str, *arguments: Any, replicas: int = 1) -> dict[str, Any]:
+        """Run a script of this folder that deploys an application by its name, and return a reference to it."""
+        application = f"benchmark-{script.partition('_')[0]}"
+        self.cluster.run_script(HERE / script, application, *arguments)
+        labels = {"installation": "benchmark", "dag_id": "benchmark", "run_id": application, "engine": application}
+        return {
+            "application": application,
+            "deployment": "engine",
+            "model": "none",
+            "fingerprint": application,
+            "labels": labels,
+            "lease": {},
+            "replicas": replicas,
+        }
 
     def teardown(self, engine: Mapping[str, Any]) -> None:
         """Delete an engine."""
         self.cluster.run("teardown", {"application": engine["application"]})
 
     @contextmanager
-    def offline_engine(self) -> Iterator[None]:
+    def offline_engine(self, contender: str) -> Iterator[None]:
         """Keep a `vllm.LLM` loaded beside the shared engine; idle engines take no CPU."""
         command = [sys.executable, "-m", "tests.benchmarks.offline_server", str(self.model)]
         command.append(json.dumps(self.engine_kwargs))
-        with _process(command, stdin=subprocess.PIPE) as process:
-            self._offline = process
+        environ = {"VLLM_USE_FASTOKENS": str(int(contender.endswith("fastokens")))}
+        with _process(command, environ, stdin=subprocess.PIPE) as process:
+            self._offline[contender] = process
             _answer_of(process)
             yield
-        self._offline = None
+        del self._offline[contender]
 
     @contextmanager
     def http_endpoint(self) -> Iterator[None]:
@@ -118,7 +149,7 @@ class Bench:
         It is looked at as often as operators do: the dashboard takes its share of two cores for each look.
         """
         outputs = [self.cluster.folder / f"out-{time.monotonic_ns()}-{number}" for number in range(len(sources))]
-        with _watch(self._session()) as memory:
+        with _watch(self._session()) as memory, self.first_request() as began:
             started = time.time()
             jobs = [
                 self.cluster.start(
@@ -146,7 +177,7 @@ class Bench:
         }
         for output in outputs:
             shutil.rmtree(output)
-        return _timing(outcome, started, ended, memory[0])
+        return _timing(workload, outcome, started, ended, memory[0], began)
 
     def processor(self, contender: str, workload: Workload, source: Path) -> Timing:
         """Run one of Ray Data's own processors: stock, http or private."""
@@ -168,21 +199,24 @@ class Bench:
             "environ": ENGINE_ENVIRON,
         }
         request.write_text(json.dumps(task))
-        with _watch(self._session()) as memory:
+        with _watch(self._session()) as memory, self.first_request() as began:
             started = time.time()
             self.cluster.run_script(HERE / "processors.py", request, result, timeout=JOB_TIMEOUT_S)
             ended = time.time()
-        return _timing(json.loads(result.read_text()), started, ended, memory[0])
+        return _timing(workload, json.loads(result.read_text()), started, ended, memory[0], began)
 
-    def offline(self, workload: Workload, source: Path) -> Timing:
+    def offline(self, contender: str, workload: Workload, source: Path) -> Timing:
         """Ask the loaded `vllm.LLM`; all its rows come out at once."""
-        assert self._offline is not None
-        assert self._offline.stdin is not None
-        pids = [self._offline.pid, *(child.pid for child in psutil.Process(self._offline.pid).children(recursive=True))]
-        self._offline.stdin.write(json.dumps({"source": str(source), "max_tokens": workload.max_tokens}) + "\n")
-        self._offline.stdin.flush()
-        answer = _answer_of(self._offline)
+        process = self._offline[SAME_ENGINE.get(contender, contender)]
+        assert process.stdin is not None
+        pids = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        chunk = CHUNK if contender == "offline_in_chunks" else None
+        process.stdin.write(json.dumps({"source": str(source), "sampling": workload.sampling, "chunk": chunk}) + "\n")
+        process.stdin.flush()
+        answer = _answer_of(process)
         seconds, tokens = answer["seconds"], answer["completion_tokens"]
+        if workload.skewed:
+            print(f"bench: {contender}: mean {tokens / workload.rows:.0f} tokens, 99 % below {answer['longest']}")
         rss = _rss_mb(pids)
         return Timing(workload.rows / seconds, tokens / seconds, seconds, seconds, rss, tokens)
 
@@ -190,9 +224,43 @@ class Bench:
         """Run a contender by name."""
         if contender == "ours":
             return self.ours(workload, source)
-        if contender == "offline":
-            return self.offline(workload, source)
+        if contender.startswith("offline"):
+            return self.offline(contender, workload, source)
         return self.processor(contender, workload, source)
+
+    @contextmanager
+    def first_request(self) -> Iterator[list[float]]:
+        """Watch the shared engine; the list's one element is in the end when it first had something to do, Unix time.
+
+        By the CPU that its scheduler takes: nothing else tells of both ways to it, ours and Ray Data's.
+        """
+        found: list[float] = []
+        over = threading.Event()
+
+        def look() -> None:
+            cores = self._engine_cores()
+            before = cpu_s(cores)
+            while not over.wait(LOOK_PERIOD_S):
+                now = cpu_s(cores)
+                if now - before > BUSY * LOOK_PERIOD_S:
+                    found.append(time.time() - LOOK_PERIOD_S)
+                    return
+                before = now
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            yield found
+        finally:
+            over.set()
+            thread.join()
+            if self.began is not None:
+                found[:] = [self.began.stat().st_ctime]
+
+    def _engine_cores(self) -> list[psutil.Process]:
+        replica = f"{self.engine.get('application')}:engine"
+        replicas = [p for p in psutil.process_iter(["cmdline"]) if replica in " ".join(p.info["cmdline"] or ())]
+        return [child for one in replicas for child in one.children() if "EngineCore" in " ".join(child.cmdline())]
 
     def _session(self) -> int:
         return int(json.loads((self.cluster.folder / "ray" / "cluster.json").read_text())["pid"])
@@ -203,16 +271,27 @@ def as_json(timing: Timing) -> dict[str, float]:
     return {name: round(value, 3) for name, value in asdict(timing).items()}
 
 
-def _timing(outcome: Mapping[str, Any], started: float, ended: float, rss: float) -> Timing:
-    seconds = max(outcome["last_at"] - outcome["first_at"], 1e-6)
-    rate = (outcome["rows"] - outcome["first_rows"]) / seconds
+def _timing(
+    workload: Workload,
+    outcome: Mapping[str, Any],
+    started: float,
+    ended: float,
+    rss: float,
+    began: Sequence[float],
+) -> Timing:
+    if workload.from_first_request:
+        rate = outcome["rows"] / (outcome["last_at"] - began[0])
+    else:
+        rate = (outcome["rows"] - outcome["first_rows"]) / max(outcome["last_at"] - outcome["first_at"], 1e-6)
     tokens = outcome["completion_tokens"]
     return Timing(rate, rate * tokens / outcome["rows"], outcome["first_at"] - started, ended - started, rss, tokens)
 
 
 @contextmanager
-def _process(command: list[str], **kwargs: Any) -> Iterator[subprocess.Popen[str]]:
-    environ = {**os.environ, **ENGINE_ENVIRON}
+def _process(
+    command: list[str], environ: Mapping[str, str] | None = None, **kwargs: Any
+) -> Iterator[subprocess.Popen[str]]:
+    environ = {**os.environ, **ENGINE_ENVIRON, **(environ or {})}
     log = (REPOSITORY / "build" / "bench" / "engine.log").open("a")
     with (
         log,
@@ -268,6 +347,16 @@ def _watch(session: int) -> Iterator[list[float]]:
     finally:
         over.set()
         thread.join()
+
+
+def cpu_s(processes: Sequence[psutil.Process]) -> float:
+    """Return the CPU seconds that processes have taken so far; one that is gone took none."""
+    total = 0.0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def _rss_mb(pids: list[int]) -> float:

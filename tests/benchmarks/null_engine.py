@@ -2,23 +2,23 @@
 
 import json
 import sys
+from collections.abc import AsyncGenerator
+from typing import Any
 
 from ray import serve
 
-from airflow_provider_raylm import __version__
-from airflow_provider_raylm.cluster.batch.rows import Answer
+from airflow_provider_raylm.cluster.batch.rows import Answer, Part
+from tests.light_engine import LightEngine
 
 
 @serve.deployment(name="engine", ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000)
-class NullEngine:
-    async def about(self) -> dict[str, object]:
-        return {"version": __version__, "capacity": 1024}
+class NullEngine(LightEngine):
+    def __init__(self) -> None:
+        super().__init__(capacity=1024)
 
-    async def ping(self) -> None:
-        pass
-
-    async def run_block(self, fields: str, contents: list[str], timeout: float, caller: object = None) -> list[Answer]:
-        return [Answer("nothing", "stop", 1, json.loads(fields)["max_tokens"])] * len(contents)
+    async def run_block(self, *, fields: str, contents: list[str], **_: Any) -> AsyncGenerator[Part]:
+        answer = Answer("nothing", "stop", 1, json.loads(fields)["max_tokens"])
+        yield Part(self.replica, begun=True, outcomes=[(number, answer) for number in range(len(contents))])
 
 
 def main(application: str) -> None:

@@ -1,6 +1,8 @@
 """vLLM alone: one `LLM`, loaded once, that answers a file of prompts whenever a line on stdin names one.
 
-A line is {"source", "max_tokens"}; the answer is one line {"seconds", "completion_tokens"}, behind a sentinel.
+A line is {"source", "sampling", "chunk"}, the last being how many prompts are handed over at a time, or null for all;
+the answer is one line {"seconds", "completion_tokens", "longest"}, behind a sentinel. The last are the tokens of the
+longest answer but for one in a hundred.
 """
 
 import json
@@ -22,12 +24,16 @@ def main(model: str, engine_kwargs: str) -> None:
         task = json.loads(line)
         files = sorted(str(path) for path in Path(task["source"]).glob("*.parquet"))
         texts = ds.dataset(files).to_table()["text"].to_pylist()
-        sampling = SamplingParams(temperature=0, max_tokens=task["max_tokens"], ignore_eos=True)
+        sampling = SamplingParams(**task["sampling"])
+        chunk = task["chunk"] or len(texts)
         started = time.monotonic()
-        outputs = llm.generate(texts, sampling, use_tqdm=False)
+        outputs = []
+        for first in range(0, len(texts), chunk):
+            outputs += llm.generate(texts[first : first + chunk], sampling, use_tqdm=False)
         seconds = time.monotonic() - started
-        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        print(SENTINEL + json.dumps({"seconds": seconds, "completion_tokens": tokens}), flush=True)
+        lengths = sorted(len(output.outputs[0].token_ids) for output in outputs)
+        said = {"seconds": seconds, "completion_tokens": sum(lengths), "longest": lengths[-len(lengths) // 100]}
+        print(SENTINEL + json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Ray job: one of Ray Data's own LLM processors over a folder of prompts, with the times of its rows.
+"""A Ray job: one of Ray Data's own LLM processors, or Ray's own harness, over a folder of prompts, with its times.
 
 Reads the task as JSON from the file named first and writes {"first_at", "last_at", "first_rows", "rows",
 "completion_tokens"} to the file named second; times are Unix seconds. Nothing is written out for the rows themselves.
@@ -9,6 +9,7 @@ import sys
 import time
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -92,6 +93,45 @@ def _private_turn(task: dict[str, Any]) -> Any:
     )
 
 
+def _by_harness(task: dict[str, Any], rows: ray.data.Dataset) -> dict[str, Any]:
+    """Let Ray's own benchmark run its mode for Serve deployments, on the shared engine instead of one of its own."""
+    # Its module imports a library that it needs for conversations from a hub; these prompts are others.
+    sys.modules["datasets"] = SimpleNamespace(load_dataset=None, load_from_disk=None)  # type: ignore[assignment]
+    from ray.llm._internal.batch.benchmark import benchmark_processor as harness
+
+    answered: list[ray.data.Dataset] = []
+
+    def keeping(**kwargs: Any) -> Any:
+        process = harness.build_single_serve_deployment_processor(**kwargs)
+
+        def materialize(dataset: ray.data.Dataset) -> None:
+            answered.append(process(dataset).materialize())
+
+        return lambda dataset: SimpleNamespace(materialize=lambda: materialize(dataset))
+
+    result = harness.run_processor(
+        harness.Mode.SERVE_DEPLOYMENT,
+        rows.rename_columns({"text": "prompt"}).materialize(),
+        keeping,
+        batch_size=64,
+        concurrency=1,
+        model=task["model"],
+        sampling_params=task["sampling"],
+        deployment_name=task["deployment"],
+        app_name=task["application"],
+    )
+    tokens = sum(row["usage"]["completion_tokens"] for row in answered[0].iter_rows())
+    now = time.time()
+    # It takes the whole's time only, from before its stages start.
+    return {
+        "first_at": now - result.elapsed_s,
+        "last_at": now,
+        "first_rows": 0,
+        "rows": result.samples,
+        "completion_tokens": tokens,
+    }
+
+
 PROCESSORS = {"stock": _stock, "http": _http, "private": _private}
 
 
@@ -103,6 +143,9 @@ def main(request: Path, result: Path) -> None:
     # Rows from memory: reading by Ray Data costs another half minute, and a repartition wants a CPU that is not there.
     texts = ds.dataset(files).to_table(columns=["text"]).to_pylist()
     rows = ray.data.from_items(texts, override_num_blocks=task["blocks"])
+    if task["contender"] == "harness":
+        result.write_text(json.dumps(_by_harness(task, rows)))
+        return
     counted, tokens, first_at, first_rows = 0, 0, 0.0, 0
     for batch in PROCESSORS[task["contender"]](task)(rows).iter_batches(batch_size=None, batch_format="pyarrow"):
         counted += batch.num_rows

@@ -5,7 +5,6 @@ Writes build/chaos/chaos.json and prints a table; fails when a row was lost or d
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -68,8 +67,6 @@ def main():
     parser.add_argument("--repeats", type=int, help=f"default: {REPEATS}, with --quick 1")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
-    # vLLM's worker imports the witness from the repository.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     OUT.mkdir(parents=True, exist_ok=True)
     repeats = arguments.repeats or (1 if arguments.quick else REPEATS)
     print(f"chaos: seed {arguments.seed}", flush=True)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from tests.chaos.faults import fault
+from tests.chaos.marks import HELD
 from tests.chaos.scene import parts
 
 ROWS = 4_000
@@ -14,6 +15,14 @@ LONG = {"max_tokens": 64}
 # Two seconds for a hundred rows.
 LONGER = {"max_tokens": 480}
 RUN_TIMEOUT_S = 400.0
+UNREACHABLE_S = 60
+MARKED_ROWS = 1_500
+# Until Ray has a job as stopped, and the engine has given up what was on its way.
+STOP_TIMEOUT_S = 80
+IDLE_TIMEOUT_S = 15
+# More than a minute: longer than what is left of the run's time when the engine is up.
+TIMED_OUT_ROWS = 3_000
+TIMED_OUT = LONGER
 LEASE = {"idle_timeout": 20, "max_lifetime": 3600}
 
 
@@ -46,13 +55,11 @@ def task_process_killed(scene):
 
 @fault
 def dashboard_unreachable(scene):
-    """For a minute."""
-
     def stop_it(batch):
         dashboard = scene.dashboard()
         dashboard.suspend()
         try:
-            time.sleep(60)
+            time.sleep(UNREACHABLE_S)
         finally:
             dashboard.resume()
 
@@ -71,18 +78,20 @@ def marked_failed_while_deferred(scene):
 
 def _marked(scene, dag_id):
     """The job stops and its requests are aborted; cleared later, the task completes."""
-    rows = 1_500
+    rows = MARKED_ROWS
     batch = scene.batch(scene.table(rows), **LONGER)
     with scene.accounted(batch, rows) as accounts:
         run = _on_the_engine(scene, batch, dag_id)
         scene.airflow.mark(dag_id, run, "work", "failed")
         marked = time.monotonic()
-        scene.until(lambda: not any(job["status"] == "RUNNING" for job in scene.inference_jobs()), 80)
+        scene.until(lambda: not any(job["status"] == "RUNNING" for job in scene.inference_jobs()), STOP_TIMEOUT_S)
         # What was on its way would keep the engine busy for half a minute more.
-        scene.until(scene.is_idle, 15)
+        scene.until(scene.is_idle, IDLE_TIMEOUT_S)
         accounts.recovery_s = time.monotonic() - marked
         assert len(parts(batch)) * batch["block_rows"] < rows, "the task was done before it was marked"
         assert scene.airflow.wait(dag_id, run, RUN_TIMEOUT_S) == "failed"
+        (work,) = scene.airflow.instances(dag_id, run)
+        assert work["try_number"] == 1, "it was tried again"
         scene.airflow.clear(dag_id, run, "work")
         assert scene.airflow.wait(dag_id, run, RUN_TIMEOUT_S) == "success"
     return accounts
@@ -99,12 +108,14 @@ def _with_its_own(scene, batch):
 @fault
 def dagrun_timeout(scene):
     """It skips the teardown: the lease ends the engine. The rows that are missing are answered by the next engine."""
-    # More than a minute: longer than what is left of the run's time when the engine is up.
-    rows = 3_000
-    batch = scene.batch(scene.table(rows), **LONGER)
+    rows = TIMED_OUT_ROWS
+    # A scripted engine holds half of them until the time is over; vLLM takes longer anyway.
+    batch = scene.batch(scene.table(rows, lambda i: f"row {i} {HELD if i >= rows // 2 else ''}"), **TIMED_OUT)
+    scene.hold.touch()
     with scene.accounted(batch, rows) as accounts:
         run = _with_its_own(scene, batch)
         assert scene.airflow.wait("chaos_with_its_own", run, RUN_TIMEOUT_S) == "failed"
+        scene.hold.unlink()
         over = time.monotonic()
         states = scene.airflow.states("chaos_with_its_own", run)
         assert states["teardown"] == "skipped", states
@@ -121,7 +132,7 @@ def airflow_gone(scene):
     batch = scene.batch(scene.table(ROWS), **LONG)
     with scene.accounted(batch, ROWS) as accounts:
         _with_its_own(scene, batch)
-        scene.kill_airflow()
+        scene.standing.kill()
         killed = time.monotonic()
         scene.until(lambda: not scene.engines(), 300)
         accounts.recovery_s = time.monotonic() - killed

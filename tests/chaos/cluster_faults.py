@@ -40,6 +40,7 @@ def _second_node(cluster):
 def node_dies(scene):
     """The one that has the engine, and perhaps the task's stage; another joins, and the task goes on there."""
     with ray_cluster(cpus=1, other_nodes=True) as cluster, _second_node(cluster) as node:
+        cluster.python = scene.cluster.python
         there = Scene(cluster, scene.chance, scene.stack)
         batch = there.batch(there.table(ROWS))
         with there.accounted(batch, ROWS) as accounts:

@@ -10,15 +10,27 @@ from pathlib import Path
 
 import pytest
 
+from airflow_provider_raylm.cluster.engine.lease import CHECK_PERIOD_S, WORKING_S
 from airflow_provider_raylm.errors import BatchError, EngineError, RayLMError
-from tests.chaos.scene import Accounts, Scene, application, at_most_redone, kill, labels
-from tests.chaos.witness import DEADLY, WITNESS
+from tests.chaos.marks import DEADLY, WITNESS
+from tests.chaos.quick_scaling import quickly_scaling
+from tests.chaos.scene import Accounts, Scene, application, at_most_redone, kill, parts
 
 ROWS = 5_000
 KILLED_ROWS = 10_000
 KILLS = 20
+LONG_TOKENS = 400
+# Of a task for which one replica is not enough, for as long as a second takes to start; and of one for which it is.
+MUCH_TOKENS = 160
+LITTLE_ROWS = 480
+# Until a replica has come, or has gone.
+SCALED_S = 180
 POISONED_ROWS = 10_000
 SMALL_DISK = "128k"
+# Of an engine whose deploy is killed, and the seconds that its deploy, and any engine's teardown, take at least.
+HALF = {"deploy_timeout": 30, "lease": {"idle_timeout": 10, "max_lifetime": 3600}}
+DEPLOY_S = 10
+TEARDOWN_S = 8
 Fault = Callable[[Scene], Accounts]
 FAULTS: dict[str, Fault] = {}
 
@@ -57,11 +69,97 @@ def engine_core_hangs(scene):
 
 
 @fault
+def replica_of_two_killed(scene):
+    """The other one goes on, and takes what was lost."""
+    engine = scene.deploy("two", replicas=2)
+    application = engine["application"]
+    batch = scene.batch(scene.table(ROWS))
+    with scene.accounted(batch, ROWS) as accounts:
+        job = scene.start(batch, engine)
+        scene.at_a_random_moment(batch)
+        harmed = time.monotonic()
+        kill(scene.replica(application))
+        report = scene.finish(job)
+        accounts.recovery_s = time.monotonic() - harmed
+        scene.teardown(engine)
+    assert report["failures"] == {}, report
+    return accounts
+
+
+@fault
+def scaled_down_under_load(scene):
+    """An engine that autoscales loses a replica while it works: it answers first what it has, and nothing is redone."""
+    engine = quickly_scaling(scene.cluster).run("deploy", scene.wanted("scaling", replicas=[1, 2]))
+    application = engine["application"]
+    # So much that one replica is not enough; then so little, for longer, that one of two is too many.
+    much = scene.batch(scene.table(ROWS), max_tokens=MUCH_TOKENS)
+    rows = LITTLE_ROWS
+    little = scene.batch(scene.table(rows), max_tokens=LONG_TOKENS, block_rows=16, in_flight_rows=32)
+    asked = scene.asked()
+    with scene.accounted(little, rows) as accounts:
+        jobs = [scene.start(much, engine)]
+        scene.until(lambda: len(scene.replicas(application)) == 2, SCALED_S)
+        jobs.append(scene.start(little, engine))
+        scene.at_a_random_moment(little)
+        reports = [scene.finish(jobs[0])]
+        harmed = time.monotonic()
+        scene.until(lambda: len(scene.replicas(application)) == 1, SCALED_S)
+        accounts.recovery_s = time.monotonic() - harmed
+        assert len(parts(little)) * little["block_rows"] < rows, "the task was done before a replica went"
+        reports.append(scene.finish(jobs[1]))
+    scene.teardown(engine)
+    assert [report["failures"] for report in reports] == [{}, {}], reports
+    accounts.rows_redone = scene.asked() - asked - rows - ROWS
+    assert accounts.rows_redone == 0, accounts
+    return accounts
+
+
+@fault
+def killed_amid_long_answers(scene):
+    """The engine dies when rows have been in it for long: no time of theirs has run out, and none is at fault."""
+    rows = ROWS // 10
+    batch = scene.batch(scene.table(rows), max_tokens=LONG_TOKENS, block_rows=16)
+    with scene.accounted(batch, rows) as accounts:
+        job = scene.start(batch)
+        scene.at_a_random_moment(batch)
+        harmed = time.monotonic()
+        kill(scene.engine_core())
+        report = scene.finish(job)
+        accounts.recovery_s = time.monotonic() - harmed
+    assert report["failures"] == {}, report
+    return accounts
+
+
+@fault
+def heartbeat_controller_restarted(scene):
+    """Serve's controller dies and comes back; the lease, a short one, is renewed, and the engine is there after."""
+    rows = ROWS // 10
+    engine = scene.deploy("brief", lease={"idle_timeout": WORKING_S, "max_lifetime": 3600})
+    # So few at a time that the task outlives a lease that nobody renews.
+    batch = scene.batch(scene.table(rows), max_tokens=LONG_TOKENS, block_rows=16, in_flight_rows=16)
+    with scene.accounted(batch, rows) as accounts:
+        job = scene.start(batch, engine)
+        scene.at_a_random_moment(batch)
+        controller = scene.process("ServeController")
+        harmed = time.monotonic()
+        kill(controller)
+        scene.until(lambda: (now := scene.process("ServeController")) and now.pid != controller.pid, 60)
+        scene.finish(job)
+        accounts.recovery_s = time.monotonic() - harmed
+        described = scene.described(engine)
+        scene.teardown(engine)
+    assert accounts.recovery_s > WORKING_S + CHECK_PERIOD_S, "too short to tell whether the lease was renewed"
+    assert (described["status"], described["working"]) == ("RUNNING", [])
+    assert described["usage"]["requests"] == rows
+    return accounts
+
+
+@fault
 def other_run_ends(scene):
     """Two runs have an engine each, and both work; one is torn down."""
     other = scene.deploy("other", env={WITNESS: f"{scene.witness}-other"})
-    others = scene.batch(scene.table(ROWS))
-    job = scene.start(others, other)
+    # With long answers: it has to be at work when it is torn down.
+    job = scene.start(scene.batch(scene.table(ROWS), max_tokens=240), other)
     torn_down = []
 
     def harm():
@@ -253,11 +351,10 @@ def broken_model(scene):
 @fault
 def deploy_killed(scene):
     """Nobody is left to clean up but the lease."""
-    spec = scene.spec("half", deploy_timeout=30, lease={"idle_timeout": 10, "max_lifetime": 3600})
-    job = scene.cluster.start("deploy", {"engine": spec, "labels": labels("half"), "replace": False})
+    job = scene.cluster.start("deploy", scene.wanted("half", **HALF))
     started = time.monotonic()
     scene.until(lambda: scene.replica(application("half")), 60)
-    time.sleep(scene.chance.uniform(0, 10))
+    time.sleep(scene.chance.uniform(0, DEPLOY_S))
     kill(scene.driver("deploy"))
     assert not end(scene, job)
     scene.until(scene.engines, 30)
@@ -271,7 +368,7 @@ def teardown_thrice(scene):
     engine = scene.deploy("torn")
     job = scene.cluster.start("teardown", {"application": engine["application"]})
     teardown = scene.until(lambda: scene.driver("teardown"), 60)
-    time.sleep(scene.chance.uniform(0, 8))
+    time.sleep(scene.chance.uniform(0, TEARDOWN_S))
     with suppress(ProcessLookupError):
         kill(teardown)
     end(scene, job)

@@ -16,19 +16,20 @@ import psutil
 import pyarrow.parquet as pq
 
 from airflow_provider_raylm import local
-from airflow_provider_raylm.cluster.batch.window import window
+from airflow_provider_raylm.cluster.batch.window import Window
 from airflow_provider_raylm.errors import RayLMError
 from airflow_provider_raylm.naming import application_name
 from airflow_provider_raylm.specs import Labels
-from tests.chaos.witness import WITNESS
+from tests.chaos.marks import HOLD, WITNESS
 from tests.clusters import Cluster
 from tests.offline import ENGINE_KWARGS
 from tests.s3 import BUCKET, Server
-from tests.standalone import Airflow, standalone
+from tests.standalone import Airflow, Standing
 from tests.tiny_model import make_tiny_model
 
 WITNESSED = {**ENGINE_KWARGS, "max_num_seqs": 256, "logits_processors": ["tests.chaos.witness:Witness"]}
 INSTALLATION = "chaos"
+CONNECTION = "raylm_chaos"
 LEASE = {"idle_timeout": 3600, "max_lifetime": 36_000}
 BLOCK_ROWS = 64
 FIRST_PART_TIMEOUT_S = 120.0
@@ -54,7 +55,18 @@ class Accounts:
 
 @dataclass
 class Scene:
-    """One cluster with one engine, as a run has it; and an Airflow, from when it is asked for to the stack's end."""
+    """One cluster with one engine, as a run has it; and an Airflow.
+
+    Attributes:
+        cluster: where the engines are.
+        chance: decides moments and rows.
+        stack: closed when the scene is over.
+        engine_kwargs: of its engines.
+        engine: the one that faults strike.
+        s3: the S3 server that the cluster's processes reach.
+        standing: the Airflow; default: one of its own, from when it is asked for to the stack's end.
+        runs_on: the cluster as Airflow's tasks have it; default: the same.
+    """
 
     cluster: Cluster
     chance: random.Random
@@ -62,9 +74,12 @@ class Scene:
     engine_kwargs: dict = field(default_factory=lambda: WITNESSED)
     engine: dict = field(default_factory=dict)
     s3: Server | None = None
-    _airflow: Airflow | None = None
+    standing: Standing | None = None
+    runs_on: Cluster | None = None
+    _connected: Airflow | None = None
 
     def __post_init__(self):
+        self.runs_on = self.runs_on or self.cluster
         self._others = self._applications()
 
     def spec(self, name, **fields):
@@ -77,42 +92,48 @@ class Scene:
             "cpus": 0.3,
             "hang_timeout": 60,
             "engine_kwargs": self.engine_kwargs,
-            "env": {WITNESS: str(self.witness)},
+            "env": {WITNESS: str(self.witness), HOLD: str(self.hold)},
             "lease": LEASE,
             **fields,
         }
 
     @property
     def airflow(self):
-        if self._airflow is None:
-            home = self.cluster.folder / f"airflow-{time.monotonic_ns()}"
-            environ = {
-                "AIRFLOW__RAYLM__INSTALLATION": INSTALLATION,
-                # So that another triggerer, where there is one, takes over sooner.
-                "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "15",
-            }
-            self._airflow = self.stack.enter_context(standalone(home, Path(__file__).parent / "dags", environ))
-            self._airflow.call("POST", "/connections", connection_id="raylm_default", **self.cluster.connection())
-        return self._airflow
-
-    def kill_airflow(self):
-        """Kill all of Airflow's processes without a chance to clean up."""
-        for pid in local.session(self.airflow.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._airflow = None
+        if self.standing is None:
+            folders = [Path(__file__).parent / "dags"]
+            self.standing = Standing(self.cluster.folder, folders, airflow_environ())
+            self.stack.callback(self.standing.end)
+        airflow = self.standing.airflow
+        if airflow is not self._connected:
+            airflow.connect(CONNECTION, **self.runs_on.connection())
+            self._connected = airflow
+        return airflow
 
     @property
     def witness(self):
         return self.cluster.folder / "witness"
 
+    @property
+    def hold(self):
+        """While this file exists, scripted engines do not answer rows that are marked with ``HELD``."""
+        return self.cluster.folder / "hold"
+
     def asked(self):
         """Return how many requests have reached the model so far."""
         return self.witness.stat().st_size if self.witness.exists() else 0
 
+    def wanted(self, name, **fields):
+        """Return what a job is told that deploys an engine."""
+        return {"engine": self.spec(name, **fields), "labels": labels(name), "replace": False}
+
     def deploy(self, name, **fields):
-        payload = {"engine": self.spec(name, **fields), "labels": labels(name), "replace": False}
-        return self.cluster.run("deploy", payload)
+        return self.cluster.run("deploy", self.wanted(name, **fields))
+
+    def described(self, engine):
+        """Return what an engine says of itself."""
+        payload = {"delete": [], "max_age": None, "installation": INSTALLATION}
+        found = self.cluster.run("sweep", payload)["engines"]
+        return next(one for one in found if one["application"] == engine["application"])
 
     def teardown(self, engine):
         return self.cluster.run("teardown", {"application": engine["application"]})
@@ -224,6 +245,10 @@ class Scene:
         """Return the process that answers the Jobs API."""
         return self.process("dashboard/dashboard.py")
 
+    def replicas(self, application):
+        """Return the processes of an engine's replicas."""
+        return [p for p in self.processes() if f"{application}:engine" in " ".join(p.info["cmdline"])]
+
     def process(self, words):
         """Return a process with these words in its command line, or None."""
         return next((p for p in self.processes() if words in " ".join(p.info["cmdline"])), None)
@@ -264,6 +289,20 @@ class Scene:
         ]
 
 
+def airflow_environ(run_timeout_s=80):
+    """Return what the DAGs of faults ask of their Airflow.
+
+    Args:
+        run_timeout_s: seconds that a run with an engine of its own has.
+    """
+    return {
+        "AIRFLOW__RAYLM__INSTALLATION": INSTALLATION,
+        # So that another triggerer, where there is one, takes over sooner.
+        "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "15",
+        "CHAOS_RUN_TIMEOUT_S": str(run_timeout_s),
+    }
+
+
 def application(name):
     return application_name(Labels(**labels(name)))
 
@@ -273,9 +312,10 @@ def labels(name):
 
 
 def at_most_redone(batch):
-    """Return how many rows a task that is killed may have to ask again: those on their way, and two blocks."""
-    blocks = window(batch.get("in_flight_rows"), batch["block_rows"], WITNESSED["max_num_seqs"])
-    return (blocks + 2) * batch["block_rows"]
+    """Return how many rows a task that is killed may have to ask again: those on their way, and three blocks."""
+    window = Window(batch.get("in_flight_rows"), batch["block_rows"])
+    window.fit(WITNESSED["max_num_seqs"], 1)
+    return window.most_rows + 3 * batch["block_rows"]
 
 
 def parts(batch):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-WITNESS = "RAYLM_WITNESS"
-# Special tokens of the tiny model's tokenizer: no other text makes their ids.
-DEADLY, STOPPING = "<|system|>", "<|user|>"
+from tests.chaos.marks import WITNESS
+
+# Of marks.DEADLY and marks.STOPPING.
 _DEADLY_ID, _STOPPING_ID = 1, 2
 
 

@@ -1,6 +1,7 @@
 """What every RayJobs promises: the fake that ships with the package, and real Ray with and without a token."""
 
 import json
+import time
 from contextlib import closing
 from functools import partial
 
@@ -8,13 +9,16 @@ import pytest
 
 from airflow_provider_raylm.errors import EngineError, SpecError
 from airflow_provider_raylm.following import Follower, Stopped, submit_or_attach
-from airflow_provider_raylm.polling import STOPPED, SUCCEEDED, TERMINAL, JobInfo, Watch
+from airflow_provider_raylm.packages import pack
+from airflow_provider_raylm.polling import PENDING, STOPPED, SUCCEEDED, TERMINAL, Watch
 from airflow_provider_raylm.ray_jobs import JobRequest
+from airflow_provider_raylm.specs import RuntimeEnv
 from airflow_provider_raylm.testing import FakeRayJobs
 from airflow_provider_raylm.wire import RESULT_SENTINEL, outcome
 from tests.clusters import ray_cluster
 
 SWEEP = {"delete": [], "max_age": None, "installation": "nobody"}
+RESERVED = {"num_cpus": 0.01, "memory": 512 << 20}
 LABELS = {"installation": "i", "dag_id": "d", "run_id": "r", "engine": "e"}
 REF = {
     "application": "raylm-e-0123456789",
@@ -31,12 +35,13 @@ def jobs(request):
     if request.param == "fake":
         yield FakeRayJobs()
         return
+    pytest.importorskip("ray")
     if request.param == "token":
         cluster = request.getfixturevalue("cluster")
-        with closing(cluster.client()) as client:
+        with closing(cluster.client(entrypoint=RESERVED)) as client:
             yield client
         return
-    with ray_cluster(token=False) as cluster, closing(cluster.client()) as client:
+    with ray_cluster(token=False) as cluster, closing(cluster.client(entrypoint=RESERVED)) as client:
         yield client
 
 
@@ -55,12 +60,12 @@ def test_it_tells_its_version(jobs):
 def test_an_unknown_job(jobs):
     """It is absent, has no log, and is not an error to stop."""
     assert jobs.get("raylm-no-such-job") is None
-    assert jobs.logs("raylm-no-such-job") == ""
+    assert jobs.logs("raylm-no-such-job") == jobs.logs("raylm-no-such-job", 3) == ""
     jobs.stop("raylm-no-such-job")
 
 
 def test_a_job_ends_with_its_result(jobs):
-    """Its log can be read from any place on, and its id is taken from then on."""
+    """The end of its log can be read alone, and its id is taken from then on."""
     request = JobRequest("raylm-contract-sweep", "sweep", SWEEP, {"task_id": "sweep", "clear_number": "1"})
     result = finish(jobs, request)
     log = jobs.logs(request.submission_id)
@@ -68,11 +73,24 @@ def test_a_job_ends_with_its_result(jobs):
     assert result == outcome(log) == {"engines": [], "deleted": []}
     assert jobs.get(request.submission_id).status == SUCCEEDED
     assert jobs.get(request.submission_id).metadata == request.metadata
-    assert jobs.logs(request.submission_id, log.index(RESULT_SENTINEL)).startswith(RESULT_SENTINEL)
-    assert jobs.logs(request.submission_id, len(log)) == ""
+    assert jobs.logs(request.submission_id, 1).startswith(RESULT_SENTINEL)
+    assert jobs.logs(request.submission_id, 2) == "".join(log.splitlines(keepends=True)[-2:])
+    assert jobs.logs(request.submission_id, 1000) == log
     assert jobs.submit(request) is False
     jobs.stop(request.submission_id)
     assert jobs.get(request.submission_id).status == SUCCEEDED
+
+
+def test_a_job_is_given_code_and_credentials(jobs, tmp_path):
+    """It runs with them, says nothing of them, and a second one is given them again."""
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "rows.py").write_text("")
+    environment = pack(RuntimeEnv(env_vars={"A": "b"}, py_modules=("beside",), working_dir="beside"), tmp_path)
+    storage = {"s3": {"key": "k", "secret": "c0ntract-s3cr3t"}}
+    for number in (1, 2):
+        request = JobRequest(f"raylm-contract-given-{number}", "sweep", SWEEP, {}, environment, storage)
+        assert finish(jobs, request) == {"engines": [], "deleted": []}
+        assert "s3cr3t" not in jobs.logs(request.submission_id)
 
 
 def test_an_error_arrives_as_what_it_was(jobs, tmp_path):
@@ -84,6 +102,26 @@ def test_an_error_arrives_as_what_it_was(jobs, tmp_path):
     bad = {"engine": {"name": "e"}, "labels": LABELS, "replace": False}
     with pytest.raises(SpecError, match=r"EngineSpec\.model"):
         finish(jobs, JobRequest("raylm-contract-spec", "deploy", bad))
+
+
+def test_a_job_that_has_not_started(jobs):
+    """It is seen waiting, with since when and Ray's reason; told to stop, it ends when it would start."""
+    if isinstance(jobs, FakeRayJobs):
+        jobs.pend("pending", looks=2)
+    began = time.time()
+    request = JobRequest("raylm-contract-pending", "sweep", SWEEP, {"task_id": "pending"})
+    assert jobs.submit(request)
+    job = jobs.get(request.submission_id)
+    jobs.stop(request.submission_id)
+
+    assert (job.status, job.started) == (PENDING, False)
+    # Two clocks, of which one counts in milliseconds.
+    assert began - 5 <= job.submitted_at <= time.time() + 5
+    assert job.message.startswith("Job has not started yet.")
+    with pytest.raises(Stopped, match="was stopped"):
+        Follower(jobs, request.submission_id, lambda line: None, 0.5).wait(Watch())
+    ended = jobs.get(request.submission_id)
+    assert (ended.status, ended.started, ended.submitted_at) == (STOPPED, True, job.submitted_at)
 
 
 def test_tearing_down_what_is_not_there(jobs):
@@ -132,7 +170,7 @@ def test_names_with_any_characters(jobs):
 
 def test_a_job_of_before_the_task_was_cleared_is_stopped(cluster):
     """And the next one is started; on real Ray, where a job can be caught in the act."""
-    spec = {"name": "e", "model": "m", "gpus": 99, "scale_up_timeout": 600}
+    spec = {"name": "e", "model": "m", "tensor_parallel_size": 99, "scale_up_timeout": 600}
 
     def request(attempt, cleared):
         payload = {"engine": spec, "labels": LABELS, "replace": False}
@@ -154,7 +192,7 @@ def test_a_job_of_before_the_task_was_cleared_is_stopped(cluster):
 def test_a_stopped_job_raises_at_its_follower(cluster):
     """On real Ray, where a job can be caught in the act: the log is forwarded, and the end is no result."""
     with closing(cluster.client()) as jobs:
-        spec = {"name": "e", "model": "m", "gpus": 99, "scale_up_timeout": 600}
+        spec = {"name": "e", "model": "m", "tensor_parallel_size": 99, "scale_up_timeout": 600}
         request = JobRequest("raylm-contract-stop", "deploy", {"engine": spec, "labels": LABELS, "replace": False})
         assert jobs.submit(request)
         follower = Follower(jobs, request.submission_id, lambda line: follower.end(), 0.5)
@@ -172,5 +210,5 @@ def test_the_fake_keeps_a_job_as_ray_does():
     fake = FakeRayJobs()
     finish(fake, JobRequest("a", "sweep", SWEEP))
 
-    assert fake.get("a") == JobInfo(SUCCEEDED)
+    assert fake.get("a").status == SUCCEEDED
     assert json.loads(fake.submitted[0].wire())["payload"] == SWEEP

@@ -131,7 +131,7 @@ def main() -> int:
                 data.write_inputs(source, review_count=400)
                 cluster = stack.enter_context(ray_cluster())
                 environ = {"AIRFLOW_CONN_RAYLM_DEFAULT": cluster.connection_uri()}
-                airflow = stack.enter_context(standalone(home, REPOSITORY / "dags", environ))
+                airflow = stack.enter_context(standalone(home, [REPOSITORY / "dags"], environ))
                 trained.result()
             with step(f"run {DAG} through Airflow"):
                 results = run_dag(airflow, cluster, model, source)

@@ -11,8 +11,12 @@ from ray import serve
 def main(deployment: str, application: str, folder: str) -> None:
     block = json.loads((Path(folder) / "block.json").read_text())
     handle = serve.get_deployment_handle(deployment, application)
-    outcomes = handle.run_block.remote(json.dumps(block["fields"]), block["contents"], 60.0).result(timeout_s=120)
-    (Path(folder) / "outcomes.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
+    parts = handle.options(stream=True).run_block.remote(
+        fields=json.dumps(block["fields"]), contents=block["contents"], task="test", timeout=60.0
+    )
+    outcomes = {number: asdict(outcome) for part in parts for number, outcome in part.outcomes}
+    answers = [outcomes[number] for number in range(len(block["contents"]))]
+    (Path(folder) / "outcomes.json").write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":

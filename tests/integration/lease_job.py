@@ -6,8 +6,8 @@ import time
 import ray
 from ray import serve
 
-from airflow_provider_raylm.cluster import engine
-from airflow_provider_raylm.cluster.lease import CHECK_PERIOD_S, LeaseKeeper
+from airflow_provider_raylm.cluster.engine import leases, retire
+from airflow_provider_raylm.cluster.engine.lease import CHECK_PERIOD_S, LeaseKeeper
 from airflow_provider_raylm.errors import EngineError
 
 NAME = "raylm-lease-test"
@@ -29,16 +29,16 @@ def run():
 
 def drain() -> None:
     """Two tasks work; a teardown refuses, another waits for the longer one."""
-    engine.renew(NAME, "out1")
-    engine.renew(NAME, "out2")
-    engine.release(NAME, "out1")
+    leases.renew(NAME, "out1")
+    leases.renew(NAME, "out2")
+    leases.release(NAME, "out1")
     try:
-        engine.teardown(NAME, print, on_busy="fail")
+        retire.teardown(NAME, print, on_busy="fail")
     except EngineError as error:
         print(f"refused: {error}")
-    threading.Timer(2, engine.release, (NAME, "out2")).start()
+    threading.Timer(2, leases.release, (NAME, "out2")).start()
     started = time.monotonic()
-    engine.teardown(NAME, print, on_busy="wait", drain_timeout=60)
+    retire.teardown(NAME, print, on_busy="wait", drain_timeout=60)
     print(f"waited: {2 <= time.monotonic() - started < 60}")
 
 

@@ -5,7 +5,7 @@ import sys
 
 import ray
 
-from airflow_provider_raylm.cluster.secret_env import loaded_by_workers
+from airflow_provider_raylm.cluster.replica.secret_env import loaded_by_workers
 
 
 @ray.remote(num_cpus=0)

@@ -1,74 +1,146 @@
-"""Every workload of the benchmarks, on an engine that answers at once: none of them rots between two measurements."""
+"""Every workload of the benchmarks on engines that answer at once: none of them rots between two measurements."""
 
-from dataclasses import replace
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 
+from airflow_provider_raylm.cluster.batch.rows import Answer
+from airflow_provider_raylm.specs import BatchSpec, EngineRef, build
 from tests.benchmarks import __main__ as benchmarks
-from tests.benchmarks import planning
+from tests.benchmarks import harness, planning, scale
 from tests.benchmarks.harness import HERE, Bench
 from tests.benchmarks.workloads import WORKLOADS
+from tests.scripted import REF, attempt
 
 ROWS = 40
+# Begins the rows of the large one of two unequal tasks, which has to outlast the small one.
+SLOW = "large"
 
 
-@pytest.fixture(scope="module")
-def bench(cluster):
-    """A bench whose shared engine has nothing behind it."""
-    bench = Bench(cluster, Path(), {}, 0, 0)
-    bench.engine = benchmarks.deploy_null(bench)
-    with pytest.MonkeyPatch.context() as patch:
-        # A measured job is looked at as seldom as operators do; here it is only waited for.
-        patch.setitem(Bench.ours.__kwdefaults__, "poll_interval", 0.3)
-        yield bench
-    bench.teardown(bench.engine)
+def at_once(fields, contents):
+    tokens = json.loads(fields)["max_tokens"]
+    if contents[0].startswith(SLOW):
+        time.sleep(0.5)
+    return [Answer("nothing", "stop", 1, tokens) for _ in contents]
+
+
+@dataclass
+class OneProcess:
+    """A cluster's face: tasks run here, on a function; jobs that are no tasks do nothing."""
+
+    folder: Path
+    python: str = "python"
+
+    def __post_init__(self):
+        self._reports = {}
+        self._names = count()
+
+    def start(self, verb, payload):
+        assert verb == "infer"
+        name = f"job-{next(self._names)}"
+        spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
+        self._reports[name] = attempt(spec, at_once, ref=ref)
+        return name
+
+    def finish(self, job, *_):
+        return self._reports.pop(job).model_dump(mode="json"), []
+
+    def run(self, *_):
+        return {}
+
+    def run_script(self, *_):
+        return ""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A bench without Ray."""
+    bench = Bench(OneProcess(tmp_path), Path(), {}, 0, 0)
+    bench.engine = REF.model_dump(mode="json")
+    monkeypatch.setattr(bench, "_session", lambda: 0)
+    monkeypatch.setattr(harness, "_watch", lambda session: nullcontext([1.0]))
+    monkeypatch.setattr(bench, "first_request", lambda: nullcontext([time.time()]))
+    return bench
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_workload(bench, name):
+def test_a_workload(here, name):
     """Its own side: every row is answered, with all its tokens, and the ratios can be worked out."""
     workload = replace(WORKLOADS[name], rows=ROWS, contenders=("ours",))
-    result = benchmarks.side_by_side(bench, workload, name, repeats=1)
+    result = benchmarks.side_by_side(here, workload, name, repeats=1)
 
-    assert result["contenders"]["ours"]["completion_tokens"] == workload.new_tokens
+    assert result["contenders"]["ours"]["completion_tokens"] == ROWS * workload.turns * workload.max_tokens
 
 
-def test_the_single_ones(bench, monkeypatch):
+def test_those_on_the_shared_engine(here, monkeypatch):
     """With few rows and windows."""
+    monkeypatch.setattr(scale, "LARGE_ROWS", 2_000)
+    monkeypatch.setattr(scale, "SMALL_ROWS", 2 * ROWS)
     monkeypatch.setattr(benchmarks, "ROWS_PER_TASK", ROWS)
     monkeypatch.setattr(benchmarks, "CONCURRENCY_ROWS", 600)
-    monkeypatch.setattr(benchmarks, "QUICK_TASKS", 1)
-    monkeypatch.setattr(benchmarks, "WINDOWS", (128, 256))
-    monkeypatch.setattr(benchmarks, "TASKS_AT_A_TIME", (1, 2))
-    # The whole DAG's smoke has the empty job, which takes half a minute.
-    monkeypatch.setattr(bench.cluster, "run_script", lambda *_: None)
-    results = {name: single(bench, 1, quick=True) for name, single in benchmarks.SINGLES.items()}
-    monkeypatch.undo()
-    results["null"] = benchmarks.null(bench, (ROWS, 2 * ROWS))
+    monkeypatch.setattr(scale, "SKEWED", replace(scale.SKEWED, rows=2 * ROWS))
+    results = {name: one(here, 1, True) for name, one in benchmarks.ON_SHARED.items()}
 
-    assert set(results) == {"many", "concurrency", "null"}
     for name, result in results.items():
-        assert all(value >= 0 for value in result["ratios"].values() if isinstance(value, float)), name
+        assert all(value > 0 for value in result["ratios"].values() if isinstance(value, float)), name
 
 
-def test_the_whole_dag(bench, monkeypatch):
-    """Its own side, on an engine that is there already."""
+def test_those_on_engines_of_their_own(here, monkeypatch):
+    """Of the whole DAG its own side."""
     monkeypatch.setattr(benchmarks, "DAG_ROWS", ROWS)
-    monkeypatch.setattr(bench, "deploy", lambda name: bench.engine)
-    monkeypatch.setattr(bench, "teardown", lambda engine: None)
-    monkeypatch.setattr(bench, "processor", lambda *_: None)
+    monkeypatch.setattr(scale, "PREFIXES_ROWS", 600)
+    monkeypatch.setattr(here, "deploy", lambda name, **fields: here.engine)
+    monkeypatch.setattr(here, "processor", lambda *_: None)
+    results = {name: one(here, 1) for name, one in benchmarks.ON_OWN.items()}
 
-    assert benchmarks.dag(bench)["ratios"]["ours_vs_private_wall"] > 0
+    assert results["dag"]["ratios"]["ours_vs_private_wall"] > 0
+    assert results["prefixes"]["ratios"]["ours_vs_anywhere"] > 0
 
 
-def test_planning_and_resume():
-    """With few files and rows; what a file costs is one request."""
+def test_those_without_vllm(here, monkeypatch):
+    """With few rows; the engines are below."""
+    monkeypatch.setattr(here, "deploy_script", lambda script, *_, **__: here.engine)
+    monkeypatch.setattr(scale, "WIDE_CHARACTERS", 1_000)
+    null = benchmarks.null(here, (600, 1_200))
+    wide = scale.wide(here, (600, 1_200))
+    replicas = scale.replicas(here, counts=(1, 2), waves=20)
+
+    assert null["ratios"]["rows_per_s"] > 0
+    assert wide["ratios"]["mb_per_s"] > 0
+    assert replicas["ratios"]["of_linear"] > 0
+
+
+def test_their_jobs(cluster):
+    """Two engines; a task like any other but that rows go anywhere; the job that small tasks are compared with."""
+    bench = Bench(replace(cluster, python="python -m tests.benchmarks.without_affinity"), Path(), {}, 0, 0)
+    bench.began = cluster.folder / "began"
+    workload = replace(WORKLOADS["prefix"], rows=ROWS, max_tokens=1, from_first_request=True)
+    source = workload.write(cluster.folder / "their-rows", "their")
+    for script, arguments in [("null_engine.py", ()), ("fixed_engine.py", (1, bench.began))]:
+        bench.engine = bench.deploy_script(script, *arguments)
+        bench.began.touch()
+        # A measured job is looked at as seldom as operators do; here it is only waited for.
+        timing = bench.ours(workload, source, poll_interval=0.3)
+        bench.teardown(bench.engine)
+        assert timing.completion_tokens == workload.new_tokens
+        bench.began.unlink()
+    cluster.run_script(HERE / "copy_rows.py", source, cluster.folder / "copied")
+    assert list((cluster.folder / "copied").iterdir())
+
+
+def test_those_without_ray():
+    """With few files and rows; what a file costs is one request. Of those that wait, see the system tests."""
     assert planning.planning(300)["ratios"]["requests_per_file"] <= 2
     assert planning.resume(1_000_000)["ratios"]["peak_rss_mb"] < 1024
+    assert scale.crashed()["ratios"]["with_vs_without"] <= 1.25
 
 
 def test_every_workload_is_here():
-    """One that is added to the benchmarks needs a smoke, too; what a real Airflow needs is in the system tests."""
-    assert set(benchmarks.EVERY) == {*WORKLOADS, "many", "concurrency", "null", "dag", "planning", "resume", "deferred"}
-    assert HERE.is_dir()
+    """One that is added to the benchmarks needs a smoke, too."""
+    assert set(benchmarks.WITHOUT_VLLM) == {"null", "wide", "replicas"}
+    assert set(benchmarks.WITHOUT_RAY) == {"planning", "resume", "crash", "deferred"}

@@ -1,6 +1,6 @@
-"""Faults of the chaos suite, with few rows, on an engine without vLLM, so that they do not rot between long runs.
+"""Every fault of the chaos suite, with few rows, on engines without vLLM: none of them rots between two long runs.
 
-Of faults that are alike, one; those that need vLLM's own processes or an Airflow are in other tests.
+Those in which Airflow has a part are in tests/system.
 """
 
 import random
@@ -8,41 +8,77 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.chaos import faults
-from tests.chaos.scene import Scene, application
-from tests.conftest import REPOSITORY
-from tests.scripted import REF
+from tests.chaos import cluster_faults, faults
+from tests.chaos.faults import FAULTS
+from tests.chaos.scene import Scene
+from tests.chaos.scripted_engine import LOADS_FOR, scripted
+from tests.clusters import ray_cluster
+from tests.system import test_interruptions, test_without_airflow
 
-FAULTS = ["driver_killed", "poison_rows", "disk_full", "two_attempts_at_once", "driver_killed_on_s3"]
+MODULES = {faults.__name__, cluster_faults.__name__}
+HARM_THEIR_CLUSTER = ["head_restarted"]
+HARM_NONE = [name for name, one in FAULTS.items() if one.__module__ in MODULES and name not in HARM_THEIR_CLUSTER]
+FEW = {
+    "ROWS": 1_200,
+    "KILLED_ROWS": 1_200,
+    "POISONED_ROWS": 800,
+    "KILLS": 1,
+    "MUCH_TOKENS": 400,
+    "LITTLE_ROWS": 320,
+    "SMALL_DISK": "48k",
+    # It is loading when its deploy is killed.
+    "HALF": {"deploy_timeout": 12, "lease": {"idle_timeout": 2, "max_lifetime": 3600}, "env": {LOADS_FOR: "600"}},
+    "DEPLOY_S": 1,
+    "TEARDOWN_S": 2,
+}
+# A third of it is what Serve waits for one of three looks.
+HANG_TIMEOUT_S = 6
 
 
-class ScriptedScene(Scene):
-    """A scene whose engines are scripted."""
-
-    def deploy(self, name, **fields):
-        witness = fields.get("env", {}).get("RAYLM_WITNESS", self.witness)
-        self.cluster.run_script(REPOSITORY / "tests" / "chaos" / "scripted_engine.py", application(name), witness)
-        return {**REF.model_dump(mode="json"), "application": application(name), "deployment": "engine"}
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Let every fault have few rows, and wait for little."""
+    for name, value in FEW.items():
+        monkeypatch.setattr(faults, name, value)
+    monkeypatch.setattr(cluster_faults, "ROWS", FEW["ROWS"])
 
 
 @pytest.fixture(scope="module")
 def scene(cluster, s3):
     """A scene on the shared cluster, with an engine of its own."""
     with ExitStack() as stack:
-        scene = ScriptedScene(cluster, random.Random(7), stack, s3=s3)
-        scene.engine = scene.deploy("scripted")
+        scene = Scene(scripted(cluster), random.Random(7), stack, s3=s3)
+        scene.engine = scene.deploy("scripted", hang_timeout=HANG_TIMEOUT_S)
         yield scene
         scene.teardown(scene.engine)
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault(scene, name, monkeypatch):
+def check(scene, name):
     """No row is lost or doubled, and nothing is left."""
-    for constant, value in {"ROWS": 1_500, "KILLED_ROWS": 1_500, "POISONED_ROWS": 800, "KILLS": 2}.items():
-        monkeypatch.setattr(faults, constant, value)
-    monkeypatch.setattr(faults, "SMALL_DISK", "48k")
-    accounts = faults.FAULTS[name](scene)
+    accounts = FAULTS[name](scene)
 
     assert accounts.rows_lost == accounts.rows_duplicated == 0
     assert accounts.rows_written + accounts.rows_quarantined == accounts.rows_expected
     assert scene.engines() == set()
+    assert scene.strays_after_a_while() == 0
+
+
+@pytest.mark.parametrize("name", HARM_NONE)
+def test_a_fault(scene, name):
+    """On the shared cluster, or one that the fault makes."""
+    check(scene, name)
+
+
+@pytest.mark.parametrize("name", HARM_THEIR_CLUSTER)
+def test_a_fault_of_a_cluster(name):
+    """On one that nobody else has."""
+    with ray_cluster() as cluster, ExitStack() as stack:
+        scene = Scene(scripted(cluster), random.Random(7), stack)
+        scene.engine = scene.deploy("scripted")
+        check(scene, name)
+
+
+def test_every_fault_has_a_smoke():
+    """Here or in the system tests."""
+    elsewhere = [one.__name__ for one in (*test_interruptions.FAULTS, *test_without_airflow.FAULTS)]
+    assert sorted([*HARM_NONE, *HARM_THEIR_CLUSTER, *elsewhere]) == sorted(FAULTS)

@@ -114,6 +114,15 @@ def test_two_tasks_at_a_time(cluster, engine, source, offline, texts, tmp_path):
         assert [row["response"] for row in read(tmp_path / name)] == offline["prompts"]
 
 
+def test_several_stages_share_a_task(cluster, engine, source, offline, texts, tmp_path):
+    """As for an engine of more than eight replicas: each block is answered by one of them, and in its place."""
+    batch = {"source": source, "prompt": "Say: ${text}", "output": str(tmp_path / "out"), "block_rows": 16, **GREEDY}
+    job = cluster.start("infer", {"engine": {**engine, "replicas": 9}, "batch": batch})
+    assert cluster.finish(job)[0]["rows_written"] == ROWS
+
+    assert [row["response"] for row in read(tmp_path / "out")] == offline["prompts"]
+
+
 def test_bad_rows_are_quarantined_and_the_others_written(infer, tmp_path):
     """Each with its id, the reason, and the columns it came with."""
     texts = ["fine", None, "", "word " * 600, "fine too", "odd \x00\x07 \u202e", " "]
@@ -216,7 +225,7 @@ def test_a_second_run_redoes_only_what_is_missing(infer, source, texts, offline,
 @pytest.mark.parametrize("storage", ["local", "s3"])
 def test_a_stage_that_dies_is_gone_on_with_by_a_retry(cluster, engine, infer, tmp_path, storage):
     """What it wrote is not asked again; every row is there once, on an object store, too."""
-    rows = 6_000
+    rows = 4_000
     root = str(tmp_path) if storage == "local" else f"s3://{BUCKET}/{tmp_path.name}"
     fs, path = fsspec.url_to_fs(root)
     fs.pipe_file(f"{path}/in.txt", "".join(f"line {i}\n" for i in range(rows)).encode())

@@ -1,11 +1,15 @@
 """An engine that dies while it works: every row is answered once, and correctly, all the same."""
 
+import random
 import time
+from contextlib import ExitStack, closing
 
 import psutil
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+
+from tests.chaos.scene import Scene
 
 ROWS = 4_000
 
@@ -24,16 +28,22 @@ def engine_core(application):
     return found
 
 
+def at_work(cluster, engine, folder, **fields):
+    """Start a task and wait for its first part; return its batch and its job."""
+    (folder / "in.txt").write_text("".join(f"line {i}\n" for i in range(ROWS)))
+    batch = {"source": str(folder / "in.txt"), "prompt": "Say: ${text}", "output": str(folder / "out")}
+    batch |= {"temperature": 0, "block_rows": 100, **fields}
+    job = cluster.start("infer", {"engine": engine, "batch": batch})
+    end = time.monotonic() + 120
+    while not list((folder / "out").glob("part-*")) and time.monotonic() < end:
+        time.sleep(0.05)
+    return batch, job
+
+
 @pytest.mark.parametrize("victim", [replica, engine_core])
 def test_rows_on_their_way_are_asked_again(cluster, engine, tmp_path, victim):
     """By the same attempt of the task; what was written before is not asked again."""
-    (tmp_path / "in.txt").write_text("".join(f"line {i}\n" for i in range(ROWS)))
-    batch = {"source": str(tmp_path / "in.txt"), "prompt": "Say: ${text}", "output": str(tmp_path / "out")}
-    batch |= {"max_tokens": 8, "temperature": 0, "block_rows": 100}
-    job = cluster.start("infer", {"engine": engine, "batch": batch})
-    end = time.monotonic() + 120
-    while not list((tmp_path / "out").glob("part-*")) and time.monotonic() < end:
-        time.sleep(0.05)
+    batch, job = at_work(cluster, engine, tmp_path, max_tokens=8)
     before = replica(engine["application"])
     process = victim(engine["application"])
     family = [process, *process.children(recursive=True)]
@@ -52,3 +62,14 @@ def test_rows_on_their_way_are_asked_again(cluster, engine, tmp_path, victim):
     # A killed engine core shows in Serve's status only at its next health check.
     if victim is replica:
         assert any("the engine is not well" in line for line in said), said
+
+
+def test_what_a_stopped_job_has_asked_is_given_up(cluster, engine, tmp_path):
+    """By the engine itself, which would be busy with it for a minute."""
+    _, job = at_work(cluster, engine, tmp_path, max_tokens=256, ignore_eos=True)
+    with closing(cluster.client()) as jobs:
+        jobs.stop(job)
+
+    with ExitStack() as stack:
+        scene = Scene(cluster, random.Random(0), stack, engine=engine)
+        scene.until(scene.is_idle, 20)

@@ -1,33 +1,29 @@
 """The whole thing: a real Airflow, a real Ray, a real engine, driven over REST as an operator would."""
 
 import time
+from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
 
-from tests.conftest import DAGS
+from airflow_provider_raylm import local
+from tests.chaos.scene import INSTALLATION
 from tests.offline import ENGINE_KWARGS
-from tests.standalone import PORT, standalone
-from tests.tiny_model import make_tiny_model
 
 RUN_TIMEOUT_S = 500
 NOBODY = {"delete": [], "max_age": None}
 
 
 @pytest.fixture(scope="module")
-def model(cluster):
-    return str(make_tiny_model(cluster.folder / "model"))
+def airflow(cluster, standing):
+    standing.airflow.connect("raylm_default", **cluster.connection())
+    return standing.airflow
 
 
-@pytest.fixture(scope="module")
-def airflow(cluster):
-    # The demo runs the same DAG with workers that wait.
-    environ = {
-        "AIRFLOW_CONN_RAYLM_DEFAULT": cluster.connection_uri(),
-        "AIRFLOW__OPERATORS__DEFAULT_DEFERRABLE": "True",
-    }
-    with standalone(cluster.folder / "airflow", DAGS, environ) as airflow:
-        yield airflow
+def engine_processes(cluster):
+    """Return vLLM's engine processes that belong to the cluster."""
+    pids = local.session(cluster.leader)
+    return {pid for pid in pids if (name := Path(f"/proc/{pid}/comm")).exists() and "VLLM" in name.read_text()}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +40,10 @@ def quickstart(cluster, airflow, model):
         "source": str(folder / "in"),
         "output": str(folder / "out"),
     }
+    before = engine_processes(cluster)
     run = airflow.trigger("raylm_quickstart", conf)
     state = airflow.wait("raylm_quickstart", run, RUN_TIMEOUT_S)
+    assert engine_processes(cluster) == before, "the torn down engine has left processes"
     states = airflow.states("raylm_quickstart", run)
     assert state == "success", (states, {t: airflow.log("raylm_quickstart", run, t)[-3000:] for t in states})
     return run, {task: airflow.xcom("raylm_quickstart", run, task) for task in states}
@@ -163,7 +161,7 @@ def test_a_failed_deploy_fails_the_run_and_leaves_nothing(airflow, cluster):
     assert airflow.wait("raylm_quickstart", run, RUN_TIMEOUT_S) == "failed"
     assert airflow.states("raylm_quickstart", run)["label"] == "upstream_failed"
     assert time.monotonic() - started < RUN_TIMEOUT_S
-    assert cluster.run("sweep", {**NOBODY, "installation": f"http://127.0.0.1:{PORT}"})["engines"] == []
+    assert cluster.run("sweep", {**NOBODY, "installation": INSTALLATION})["engines"] == []
 
 
 def test_the_sweep_dag_runs(airflow):

@@ -1,17 +1,14 @@
 """Two runs of a DAG at once, each with an engine of its own and mapped tasks on it; and what is cleared afterwards."""
 
-import random
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.scene import Scene, written
-from tests.offline import ENGINE_KWARGS
+from tests.chaos.scene import written
 
 DAG_ID = "chaos_partitions"
-PARTITIONS = 3
+PARTITIONS = 2
 ROWS = 100
 RUN_TIMEOUT_S = 400
 
@@ -35,13 +32,6 @@ class Runs:
 
     def outputs(self, run):
         return [Path(f"{source}-{run}") for source in self.sources]
-
-
-@pytest.fixture(scope="module")
-def scene(cluster):
-    """An Airflow, and no engine but those of its runs."""
-    with ExitStack() as stack:
-        yield Scene(cluster, random.Random(0), stack, ENGINE_KWARGS)
 
 
 @pytest.fixture(scope="module")

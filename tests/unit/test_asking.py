@@ -1,143 +1,235 @@
 """The way to the engine: calls that fail, hang, or are refused, and equal requests that are asked once."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
 
 import pytest
 from ray.exceptions import RayTaskError
-from ray.serve.exceptions import RayServeException, RequestCancelledError
+from ray.serve.exceptions import RayServeException
 
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.cluster.batch import asking
-from airflow_provider_raylm.cluster.batch.asking import Calls, meet, once, through_handle
+from airflow_provider_raylm.cluster.batch.asking import Engine, Handle, once
 from airflow_provider_raylm.cluster.batch.recovery import EngineFailure
-from airflow_provider_raylm.cluster.batch.rows import Answer, Refusal
+from airflow_provider_raylm.cluster.batch.rows import Answer, Part, Refusal
+from airflow_provider_raylm.cluster.engine import status
 from airflow_provider_raylm.errors import BatchError, EngineError
+from tests.scripted import REF
 
-HOLD = Calls(lambda: None)
+ABOUT = {"version": __version__, "replica": "a", "capacity": 5, "cache_tokens": 160, "tasks": ["/out"]}
 
 
-class Handle:
-    """A deployment handle whose replica returns, or raises, what it is told."""
+class Response:
+    """What a streaming call gives: parts, an error, or, after None, nothing for ever."""
 
-    def __init__(self, outcome):
-        self.run_block = self.about = self
-        self.outcome = outcome
+    def __init__(self, outcomes):
+        self.outcomes = list(outcomes)
         self.cancelled = False
 
-    def remote(self, *_):
-        return self
-
-    def result(self, timeout_s):
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
+    async def __anext__(self):
+        if not self.outcomes:
+            raise StopAsyncIteration
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome is None:
+            await asyncio.Event().wait()
+        return outcome
 
     def cancel(self):
         self.cancelled = True
 
 
-def test_a_lost_answer_is_noticed():
-    """Never a row without its answer."""
-    with pytest.raises(EngineError, match="1 of 2 rows"):
-        through_handle(Handle([Answer("a", "stop", 1, 1)]), 1, HOLD)("{}", ["a", "b"], alone=False)
+class Deployment:
+    """A deployment handle as Serve has it, whose replicas give, or raise, what they are told."""
 
-
-def test_a_replica_that_does_not_answer_is_not_waited_for():
-    """The rows' own time and a minute; then the call is taken back."""
-    handle = Handle(TimeoutError())
-    with pytest.raises(EngineFailure, match="did not answer within 65 s"):
-        through_handle(handle, 5, HOLD)("{}", ["a"], alone=False)
-
-    assert handle.cancelled
-
-
-class NobodysHandle:
-    """A deployment handle as Serve has it when the deployment is gone: a call waits until it is cancelled."""
-
-    def __init__(self):
-        self.run_block = self.run_block_alone = self
-        self.cancelled = threading.Event()
+    def __init__(self, *outcomes, abouts=(ABOUT,)):
+        self.run_block = self
+        self.response = Response(outcomes)
+        self.abouts = abouts
 
     def options(self, stream):
         return self
 
-    def remote(self, fields, contents, timeout, caller):
+    def remote(self, **request):
+        self.request = request
+        return self.response
+
+    def broadcast(self, method):
         return self
 
-    def result(self, timeout_s=10):
-        assert self.cancelled.wait(timeout_s)
-        raise RequestCancelledError("id")
-
-    def __next__(self):
-        return self.result()
-
-    def cancel(self):
-        self.cancelled.set()
+    def results(self, timeout_s, return_exceptions):
+        return list(self.abouts)
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_a_call_ends_when_the_engine_is_gone(alone, monkeypatch):
+@pytest.fixture(autouse=True)
+def is_there(monkeypatch):
+    """The engine is there, as far as Serve knows."""
+    monkeypatch.setattr(status, "require_there", lambda ref: None)
+
+
+def handle(*outcomes, **fields):
+    return Handle(Deployment(*outcomes, **fields), REF, "/out", None)
+
+
+async def ask(handle):
+    return [part async for part in handle.ask("{}", ["a"], alone=False, near=None)]
+
+
+def part(*outcomes, begun=True, replica="a"):
+    return Part(replica, begun, [(number, Answer(text, "stop", 1, 1)) for number, text in enumerate(outcomes)])
+
+
+async def test_a_block_comes_in_parts():
+    """With all that the engine has to know."""
+    deployment = Deployment(part(begun=False), part("A"))
+    asked = Handle(deployment, REF, "/out", 5.0, "me").ask("{}", ["a"], alone=True, near="here")
+
+    assert [one async for one in asked] == [[], part("A").outcomes]
+    assert deployment.request == {
+        "fields": "{}",
+        "contents": ["a"],
+        "alone": True,
+        "near": "here",
+        "task": "/out",
+        "timeout": 5.0,
+        "caller": "me",
+    }
+    assert not deployment.response.cancelled
+
+
+@pytest.mark.parametrize(
+    ("parts", "begun"), [([], False), ([part(begun=False)], False), ([part(begun=False), part("A")], True)]
+)
+async def test_a_replica_that_falls_silent_is_not_waited_for(parts, begun, monkeypatch):
+    """The call is taken back; who had not begun is not blamed."""
+    monkeypatch.setattr(asking, "SILENT_S", 0.05)
+    one = handle(*parts, None)
+    with pytest.raises(EngineFailure, match="silent for") as failure:
+        await ask(one)
+
+    assert failure.value.begun == begun
+    assert one._handle.response.cancelled
+
+
+async def test_calls_end_when_the_engine_is_gone(monkeypatch):
     """And not before; a Serve that does not answer is not an engine that is gone."""
+    one = handle(None)
     states = [None, RayServeException("restarting"), EngineError("gone")]
 
-    def require_there():
-        state = states.pop(0) if len(states) > 1 else states[0]
-        if state:
+    def require_there(ref):
+        if state := states.pop(0):
             raise state
 
-    monkeypatch.setattr(asking, "LOOK_PERIOD_S", 0.05)
-    with pytest.raises(EngineFailure, match="cancelled"):
-        through_handle(NobodysHandle(), 10, Calls(require_there))("{}", ["a"], alone=alone)
-    assert len(states) == 1
+    monkeypatch.setattr(status, "require_there", require_there)
+    call = asyncio.create_task(ask(one))
+    await one.look()
+    with pytest.raises(RayServeException):
+        await one.look()
+    await asyncio.sleep(0.01)
+    assert not call.done()
+    with pytest.raises(EngineError, match="^gone$"):
+        await one.look()
+    with pytest.raises(EngineFailure, match="the engine is gone"):
+        await call
 
 
-def test_equal_requests_are_asked_once():
-    """Within a block, over blocks, and while another thread still waits for the answer."""
+@pytest.mark.parametrize(
+    ("looks", "begun"),
+    [
+        (["a"], True),
+        (["ab", "b"], False),
+        # It has come since: what kills one replica after the other soon after its start would never be found.
+        (["b"], True),
+        (["b", "ab"], True),
+    ],
+)
+async def test_a_replica_that_was_stopped_in_good_order_accuses_nobody(looks, begun):
+    """Serve takes it out of its list first; what it still answers then is a farewell."""
+    one = handle(part("A"), EngineError("the engine has failed"))
+    for listed in looks:
+        one._handle.abouts = [{**ABOUT, "replica": replica} for replica in listed]
+        await one.look()
+    with pytest.raises(EngineFailure) as failure:
+        async for _ in one.ask("{}", ["a", "b"], alone=False, near=None):
+            pass
+
+    assert failure.value.begun == begun
+
+
+async def test_an_engine_is_what_its_replicas_say():
+    """Together; one that does not answer counts for nothing."""
+    abouts = [ABOUT, RayServeException("it died"), {**ABOUT, "replica": "b", "cache_tokens": 80, "tasks": ["/other"]}]
+    assert await handle(abouts=abouts).look() == Engine(
+        replicas=frozenset("ab"), capacity=10, cache_tokens=80, tasks=frozenset({"/out", "/other"})
+    )
+    with pytest.raises(EngineError, match="it died"):
+        await handle(abouts=abouts[1:2]).look()
+
+
+async def test_equal_requests_are_asked_once():
+    """Within a block, over blocks, and while another block still waits for the answer."""
     asked = []
-    started, may_end = threading.Event(), threading.Event()
+    may_end = asyncio.Event()
 
-    def slow(fields, contents):
+    async def slow(fields, contents, near):
         asked.append(list(contents))
-        started.set()
-        assert may_end.wait(10)
+        await may_end.wait()
         return [Answer(content.upper(), "stop", 1, 1) for content in contents]
 
     ask_once = once(slow)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(ask_once, "f", ["a", "b", "a"])
-        assert started.wait(10)
-        second = pool.submit(ask_once, "f", ["b"])
-        may_end.set()
-        assert [answer.text for answer in first.result(10)] == ["A", "B", "A"]
-        assert [answer.text for answer in second.result(10)] == ["B"]
+    first = asyncio.create_task(ask_once("f", ["a", "b", "a"]))
+    second = asyncio.create_task(ask_once("f", ["b"]))
+    await asyncio.sleep(0)
+    may_end.set()
+    assert [answer.text for answer in await first] == ["A", "B", "A"]
+    assert [answer.text for answer in await second] == ["B"]
 
     assert asked == [["a", "b"]]
-    ask_once("other fields", ["a"])
+    await ask_once("other fields", ["a"])
     assert asked[1:] == [["a"]]
 
 
-def test_a_time_out_is_not_remembered():
+async def test_an_error_reaches_all_who_wait():
+    """And the next to ask begins anew."""
+    outcomes = [EngineError("gone"), [Answer("A", "stop", 1, 1)]]
+
+    async def ask(fields, contents, near):
+        await asyncio.sleep(0)
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    ask_once = once(ask)
+    ended = await asyncio.gather(*(ask_once("f", ["a"]) for _ in range(2)), return_exceptions=True)
+    assert [str(error) for error in ended] == ["gone"] * 2
+    assert (await ask_once("f", ["a"]))[0].text == "A"
+
+
+async def test_a_time_out_is_not_remembered():
     """The next equal row is asked again: it was not the question's fault."""
     outcomes = [Refusal("timeout", "late"), Answer("A", "stop", 1, 1)]
-    ask_once = once(lambda fields, contents: [outcomes.pop(0)])
 
-    assert ask_once("f", ["a"])[0] == Refusal("timeout", "late")
-    assert ask_once("f", ["a"])[0].text == "A"
-    assert ask_once("f", ["a"])[0].text == "A"
+    async def ask(fields, contents, near):
+        return [outcomes.pop(0)]
+
+    ask_once = once(ask)
+    assert (await ask_once("f", ["a"]))[0] == Refusal("timeout", "late")
+    assert (await ask_once("f", ["a"]))[0].text == "A"
+    assert (await ask_once("f", ["a"]))[0].text == "A"
 
 
-def test_answers_are_not_remembered_for_ever():
+async def test_answers_are_not_remembered_for_ever():
     """The oldest go first."""
     asked = []
 
-    def count(fields, contents):
+    async def count(fields, contents, near):
         asked.extend(contents)
         return [Answer(content, "stop", 1, 1) for content in contents]
 
     ask_once = once(count, keep=2)
     for content in ("a", "b", "c", "a", "c"):
-        ask_once("f", [content])
+        await ask_once("f", [content])
 
     assert asked == ["a", "b", "c", "a"]
 
@@ -155,22 +247,18 @@ def raised(cause):
         AttributeError("no such thing"),
     ],
 )
-def test_an_engine_of_another_version_is_no_sick_one(cause):
+async def test_an_engine_of_another_version_is_no_sick_one(cause):
     """It does not get better by waiting: the task fails at once and names the versions."""
-    for call in (
-        lambda handle: through_handle(handle, 1, HOLD)("{}", ["a"], alone=False),
-        lambda handle: meet(handle, lambda: None),
-    ):
+    for call in (ask(handle(raised(cause))), handle(abouts=[raised(cause)]).look()):
         with pytest.raises(EngineError, match=rf"deployed by another version.*this task runs {__version__}.*clear"):
-            call(Handle(raised(cause)))
+            await call
     with pytest.raises(EngineError, match=rf"deployed by 0\.0\.7 of .*this task runs {__version__}"):
-        meet(Handle({"version": "0.0.7", "capacity": 5}), lambda: None)
-    assert meet(Handle({"version": __version__, "capacity": 5}), lambda: None) == 5
+        await handle(abouts=[{"version": "0.0.7", "capacity": 5}]).look()
 
 
-def test_what_the_engine_refuses_of_all_rows_is_no_failure_of_it():
+async def test_what_the_engine_refuses_of_all_rows_is_no_failure_of_it():
     """The spec is wrong, and nothing else."""
     with pytest.raises(BatchError, match="^refuses logprobs$"):
-        through_handle(Handle(raised(BatchError("refuses logprobs"))), 1, HOLD)("{}", ["a"], alone=False)
+        await ask(handle(raised(BatchError("refuses logprobs"))))
     with pytest.raises(EngineFailure, match="it died"):
-        through_handle(Handle(raised(EngineError("it died"))), 1, HOLD)("{}", ["a"], alone=False)
+        await ask(handle(raised(EngineError("it died"))))

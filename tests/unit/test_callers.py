@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from airflow_provider_raylm.cluster import callers
-from airflow_provider_raylm.cluster.callers import Callers
+from airflow_provider_raylm.cluster.replica import callers
+from airflow_provider_raylm.cluster.replica.callers import Callers
 
 
 class Caller:

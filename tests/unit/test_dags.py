@@ -1,11 +1,13 @@
 """The DAGs that users copy parse and run, on a cluster that is not there."""
 
 import pytest
-from airflow.sdk import conf
+from airflow.utils.session import create_session
 
 from airflow_provider_raylm.errors import EngineError
+from airflow_provider_raylm.operators.raylm import installation
 from airflow_provider_raylm.ray_jobs import JobRequest
 from airflow_provider_raylm.testing import FakeRayJobs
+from tests.airflows import AIRFLOW, clear_task_instances
 from tests.conftest import DAGS
 
 
@@ -64,6 +66,21 @@ def test_a_dag_runs_without_workers_that_wait(dagbag, monkeypatch):
         "teardown_reviewer": "success",
     }
     assert fake.engines == {}
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_airflow_tells_a_cleared_task_from_a_retried_one(dagbag, over):
+    """By a number that the job bears; 3.1 only where the run was over."""
+    fake = FakeRayJobs()
+    dag_run = run(dagbag, "raylm_quickstart", fake)
+    assert {request.metadata["clear_number"] for request in fake.submitted} == {"0"}
+
+    with create_session() as session:
+        dag_run = session.merge(dag_run)
+        dag_run.state = "success" if over else "running"
+        label = [ti for ti in dag_run.get_task_instances(session=session) if ti.task_id == "label"]
+        clear_task_instances(label, session)
+        assert dag_run.clear_number == (1 if over or AIRFLOW >= (3, 2) else 0)
 
 
 def test_links_lead_to_job_engine_and_output(dagbag):
@@ -167,11 +184,12 @@ def test_each_partition_gets_its_group_of_tasks(dagbag):
 def test_a_sweep_deletes_what_outlived_its_run(dagbag):
     """An engine whose run is deleted goes; another installation's is not even seen."""
     fake = FakeRayJobs()
-    here = str(conf.get("api", "base_url", fallback=None) or "http://localhost:8080")
-    for installation in (here, "elsewhere"):
-        labels = {"installation": installation, "dag_id": "gone", "run_id": "gone", "engine": "e"}
+    with fake.installed():
+        here = installation()
+    for whose in (here, "elsewhere"):
+        labels = {"installation": whose, "dag_id": "gone", "run_id": "gone", "engine": "e"}
         payload = {"engine": {"name": "e", "model": "m"}, "labels": labels, "replace": False}
-        assert fake.submit(JobRequest(installation, "deploy", payload))
+        assert fake.submit(JobRequest(whose, "deploy", payload))
     ours, theirs = fake.engines
 
     assert run(dagbag, "raylm_sweep_engines", fake).state == "success"

@@ -1,7 +1,10 @@
 """What a task leaves in its output folder, whenever it is killed; on a local folder and on S3."""
 
-import inspect
+import importlib
 import json
+import re
+import shutil
+import sys
 from contextlib import contextmanager, suppress
 
 import fsspec
@@ -11,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_raylm.cluster.batch import output as output_module
 from airflow_provider_raylm.cluster.batch import storage
 from airflow_provider_raylm.cluster.batch.budget import HOPELESS_BLOCKS
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
@@ -21,7 +23,7 @@ from airflow_provider_raylm.cluster.batch.rows import Answer, Refusal
 from airflow_provider_raylm.cluster.batch.storage import Place
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchSpec, EngineRef, EngineSpec, build
-from tests.s3 import BUCKET
+from tests.s3 import BUCKET, PRIVATE_BUCKET
 from tests.scripted import REF, attempt, shouts
 
 
@@ -252,24 +254,43 @@ def answers(engine):
     return {"fingerprint": fingerprint(engine), "answers": answers_fingerprint(engine)}
 
 
-def first_way(row):
-    return {**row, "way": 1}
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Write a module of a package, as the next job would import it."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "authors_own"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
+    def write(name, source):
+        path = tmp_path / "authors_own" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
+        shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
+        forget()
+
+    yield write
+    forget()
 
 
-def second_way(row):
-    return {**row, "way": 2}
+def test_a_changed_row_function_makes_another_task(root, written):
+    """It is known by the source of its module, and of what of its package that one imports; not by its name alone."""
+    written("__init__.py", "")
+    written("unused.py", "")
+    written("words.py", "WAY = 1\n")
+    written("rows.py", "from authors_own.words import WAY\n\n\ndef clean(row):\n    return {**row, 'way': WAY}\n")
+    attempt(spec(root, preprocess="authors_own.rows:clean"))
 
+    def again():
+        return attempt(spec(root, write=False, preprocess="authors_own.rows:clean"), ask=pytest.fail)
 
-def test_a_changed_row_function_makes_another_task(root, monkeypatch):
-    """It is known by its source, not by its name."""
-    task = spec(root, preprocess=f"{__name__}:first_way")
-    attempt(task)
-    assert attempt(spec(root, write=False, preprocess=f"{__name__}:first_way"), ask=pytest.fail).rows_written == 0
-
-    source = inspect.getsource(second_way)
-    monkeypatch.setattr(output_module.inspect, "getsource", lambda function: source)
+    written("unused.py", "OTHER = 1\n")
+    assert again().rows_written == 0
+    written("words.py", "WAY = 2\n")
     with pytest.raises(BatchError, match="another spec, engine or input"):
-        attempt(spec(root, write=False, preprocess=f"{__name__}:first_way"))
+        again()
 
 
 def odd_ones_out(row):
@@ -360,6 +381,15 @@ def test_any_number_of_kills(tmp_path_factory, failing, kills, block_rows):
     attempt(task, ask=failing_at(failing[-1]))
     answered, failed = ([row[ROW_ID] for row in rows_of(uri)[0]] for uri in (task.output, task.quarantine_uri))
     assert sorted(answered + failed) == [f"00000-{n:09d}" for n in range(12)]
+
+
+@pytest.mark.parametrize("place", ["in", "*.txt"])
+def test_a_place_that_refuses_is_named(s3, place):
+    """As an error of this package, with what to look at, and not as one of the storage's library."""
+    source = f"s3://{PRIVATE_BUCKET}/{place}"
+    task = build(BatchSpec, {"source": source, "output": f"s3://{BUCKET}/refused", "prompt": "${text}"})
+    with pytest.raises(BatchError, match=rf"cannot list {re.escape(source)}: .*storage_conn_id"):
+        attempt(task)
 
 
 def test_a_policy_for_a_prefix_is_enough(s3, tmp_path):

@@ -11,8 +11,11 @@ import pytest
 
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.get_provider_info import get_provider_info
+from tests.airflows import AIRFLOW
 from tests.conftest import DAGS, REPOSITORY
 
+# What imports Ray's own LLM server, which has dependencies of its own.
+WITH_RAYS_OWN = (".server", ".questions")
 BLOCK = """
 import sys, time
 class Blocker:
@@ -39,42 +42,47 @@ def modules(cluster):
 
 
 def test_the_worker_side_needs_no_ray():
-    """All of it and all DAGs import without ray, vllm and torch, in less than 1.5 s beyond Airflow's own import."""
+    """All of it and all DAGs import without ray, vllm and torch, in 1.5 s, or half of what Airflow itself takes."""
     code = f"""
+began = time.perf_counter()
 import importlib, runpy
 import airflow.sdk, pydantic, httpx
-from airflow.sdk import BaseOperator, DAG, BaseHook, Param, task, conf
+from airflow.sdk import BaseOperator, DAG, BaseHook, Param, task
 DAG("warm")
 started = time.perf_counter()
 for name in {modules(cluster=False)!r}:
     importlib.import_module(name)
 for path in {[str(path) for path in DAGS.glob("*.py")]!r}:
     runpy.run_path(path)
-print(time.perf_counter() - started)
+print(time.perf_counter() - started, started - began)
 """
-    assert float(python(code, {"ray", "vllm", "torch", "transformers"}).split()[-1]) < 1.5
+    ours, airflows = map(float, python(code, {"ray", "vllm", "torch", "transformers"}).split()[-2:])
+    assert ours < max(1.5, 0.5 * airflows)
 
 
 def test_a_dag_with_fifty_tasks_parses_in_a_second():
-    """Beyond Airflow's own import."""
+    """Beyond Airflow's own import; or in a third of what that takes."""
     code = """
+began = time.perf_counter()
 import airflow.sdk, pydantic, httpx
-from airflow.sdk import DAG, BaseHook, BaseOperator, BaseSensorOperator, Param, conf, task
+from airflow.sdk import DAG, BaseHook, BaseOperator, BaseSensorOperator, Param, task
 started = time.perf_counter()
 from airflow_provider_raylm.authoring import shared_engine
 with DAG("fifty"), shared_engine("e", model="m") as engine:
     for number in range(50):
         engine.infer(f"task_{number}", source="s3://in/{{ ds }}", prompt="${text}", output=f"s3://out/{number}")
-print(time.perf_counter() - started)
+print(time.perf_counter() - started, started - began)
 """
-    assert float(python(code, {"ray", "vllm", "torch", "transformers"}).split()[-1]) < 1.0
+    ours, airflows = map(float, python(code, {"ray", "vllm", "torch", "transformers"}).split()[-2:])
+    assert ours < max(1.0, airflows / 3)
 
 
 def test_the_cluster_side_needs_no_airflow():
     """Every module of it imports on a machine without Airflow."""
+    pytest.importorskip("ray")
     code = f"""
 import importlib
-for name in {[name for name in modules(cluster=True) if not name.endswith("server")]!r}:
+for name in {[name for name in modules(cluster=True) if not name.endswith(WITH_RAYS_OWN)]!r}:
     importlib.import_module(name)
 print("airflow" in sys.modules)
 """
@@ -97,13 +105,16 @@ def test_provider_info_passes_airflows_schema():
 
 
 def test_airflow_finds_the_provider():
-    """Through the entry point, with the connection type, its hook and its form."""
+    """Through the entry point, with the connection type, its hook and its form, which 3.1 does not read."""
     from airflow.providers_manager import ProvidersManager
 
     assert [point.name for point in entry_points(group="apache_airflow_provider") if "raylm" in point.value]
     manager = ProvidersManager()
     assert "airflow-provider-raylm" in manager.providers
     assert manager.hooks["raylm"].hook_name == "Ray LM"
+    (declared,) = get_provider_info()["connection-types"]
+    fields = {f"extra__raylm__{name}" for name in declared["conn-fields"]} if AIRFLOW >= (3, 2) else set()
+    assert {name for name in manager.connection_form_widgets if "raylm" in name} == fields
     links = {name for name in manager.extra_links_class_names if "raylm" in name}
     assert links == {
         f"airflow_provider_raylm.links.raylm.{link}Link" for link in ("RayJob", "ServeApplication", "Output")

@@ -13,7 +13,7 @@ from airflow_provider_raylm.cluster.batch.rows import RowError, compile_step, co
 from airflow_provider_raylm.errors import BatchError, RayLMError
 from airflow_provider_raylm.naming import application_name, submission_id
 from airflow_provider_raylm.specs import BatchReport, BatchSpec, Labels, Step
-from airflow_provider_raylm.wire import SAID, error_line, outcome, result_line, said_line
+from airflow_provider_raylm.wire import error_line, outcome, result_line, said, said_line
 from tests.scripted import attempt
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -102,8 +102,8 @@ def test_ids_arrive_as_they_are_and_name_no_file(tmp_path_factory, ids, format):
 @given(line=ANY)
 def test_a_line_for_the_log_is_one_line(line):
     """Else text from a path or a message could pass for the job's outcome."""
-    (only,) = said_line(line).splitlines()
-    assert only.startswith(SAID)
+    (only,) = said_line(7, line).splitlines()
+    assert said(f"noise\n{only}\n") == {7: " ".join(line.splitlines())}
 
 
 @given(message=ANY)

@@ -13,8 +13,9 @@ import pytest
 from airflow_provider_raylm.errors import BatchError, ClusterError, SpecError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.local import find_token
+from airflow_provider_raylm.packages import package_archive
 from airflow_provider_raylm.polling import Unreachable
-from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient, package_archive
+from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient
 from airflow_provider_raylm.wire import ERROR_SENTINEL, RESULT_SENTINEL, outcome
 
 VERSION = json.dumps({"ray_version": "2.60.0"})
@@ -29,8 +30,12 @@ def dashboard(status=200, body=VERSION, certificate=None):
         def do_GET(self):
             seen.append(dict(self.headers))
             self.send_response(status)
+            if status in (301, 302):
+                self.send_header("Location", "https://sso.example/login")
             self.end_headers()
             self.wfile.write(body.encode())
+
+        do_POST = do_GET
 
         def log_message(self, *args):
             pass
@@ -126,6 +131,55 @@ def test_something_else_there():
             version(url)
 
 
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, "<html>no such host</html>"),
+        (408, ""),
+        (429, "slow down"),
+        (503, "no backend"),
+        (302, ""),
+        (200, "<html>log in</html>"),
+        (200, "[]"),
+        (200, "{}"),
+    ],
+)
+def test_what_is_not_rays_own_word_is_silence(status, body):
+    """A proxy, an ingress or a page to log in says nothing of a job, nor of a stop."""
+    with dashboard(status, body=body) as (url, _), closing(RayJobsClient(url)) as jobs:
+        for ask in (jobs.get, jobs.logs):
+            with pytest.raises(Unreachable, match=url):
+                ask("job-1")
+        if status != 200:
+            with pytest.raises(Unreachable, match=url):
+                jobs.stop("job-1")
+        with pytest.raises(Unreachable, match=url):
+            jobs.running_engines()
+
+
+def test_rays_own_word_is_no_silence():
+    """Of a job that it does not know."""
+    with dashboard(404, body="Job job-1 does not exist") as (url, _), closing(RayJobsClient(url)) as jobs:
+        assert jobs.get("job-1") is None
+        assert jobs.logs("job-1") == ""
+        jobs.stop("job-1")
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_the_way_to_this_machine_leads_through_no_proxy(monkeypatch, variable):
+    """Whatever the environment says; the way to others does."""
+    with dashboard(503, body="a proxy") as (proxy, seen):
+        monkeypatch.setenv(variable, proxy)
+        with dashboard() as (url, _):
+            assert version(url) == "2.60.0"
+            assert version(url.replace("localhost", "127.0.0.1")) == "2.60.0"
+        assert not seen
+        if variable != "ALL_PROXY":
+            with pytest.raises(Unreachable, match="answers 503"):
+                version("http://ray.example")
+            assert seen
+
+
 def test_a_certificate_that_is_not_trusted(certificate):
     """Verification is on by default; an own CA can be named, or the check switched off."""
     with dashboard(certificate=certificate) as (url, _):
@@ -145,11 +199,11 @@ def test_a_request_that_no_job_can_carry():
 
 def test_the_package_travels_as_the_same_bytes():
     """Equal packages have equal names: they are uploaded once."""
-    name, content = package_archive()
+    first = package_archive()
     package_archive.cache_clear()
 
-    assert (name, content) == package_archive()
-    assert name.startswith("_ray_pkg_")
+    assert first == package_archive()
+    assert first.name.startswith("_ray_pkg_")
 
 
 def test_an_outcome_is_the_last_word():
@@ -181,7 +235,7 @@ def test_a_connection_leads_to_its_dashboard(monkeypatch):
 
     assert (ok, sentence) == (True, f"Ray 2.60.0 answers at {url}")
     assert seen[0]["Authorization"] == "Bearer to/ken"
-    assert (client._ship_package, client._namespace) == (False, "n")
+    assert (client._how.ship_package, client._how.namespace) == (False, "n")
 
 
 def test_a_connection_that_cannot_work(monkeypatch):
@@ -198,7 +252,59 @@ def test_a_connection_that_cannot_work(monkeypatch):
     with pytest.raises(SpecError, match=r"Extra\.verfy: unknown field"):
         connection(monkeypatch, json.dumps(broken)).get_conn()
     empty_form = {"conn_type": "raylm", "host": "h", "schema": "https", "extra": {"verify": None, "timeout": None}}
-    assert connection(monkeypatch, json.dumps(empty_form)).get_conn().dashboard_url == "https://h:8265"
+    assert connection(monkeypatch, json.dumps(empty_form)).get_conn().dashboard_url == "https://h:443"
+
+
+@pytest.mark.parametrize(
+    ("fields", "url"),
+    [
+        ({"host": "ray-head"}, "http://ray-head:8265"),
+        ({"host": "ray-head", "port": 80}, "http://ray-head:80"),
+        ({"host": "ray-head", "schema": "https"}, "https://ray-head:443"),
+        ({"host": "ray-head:9000"}, "http://ray-head:9000"),
+        ({"host": "https://ray.example"}, "https://ray.example:443"),
+        ({"host": "https://ray.example:8443/", "schema": "https", "port": 8443}, "https://ray.example:8443"),
+        ({"host": "http://gate.example/ray/night/"}, "http://gate.example:8265/ray/night"),
+        ({"host": "gate.example/ray", "schema": "https"}, "https://gate.example:443/ray"),
+        ({"host": "::1"}, "http://[::1]:8265"),
+        ({"host": "[fd00::7]:9000"}, "http://[fd00::7]:9000"),
+        ({"host": "[fd00::7]"}, "http://[fd00::7]:8265"),
+        ({"host": "https://[fd00::7]/ray"}, "https://[fd00::7]:443/ray"),
+    ],
+)
+def test_a_host_may_be_written_in_many_ways(monkeypatch, fields, url):
+    """As people copy it."""
+    hook = connection(monkeypatch, json.dumps({"conn_type": "raylm", **fields}))
+    assert hook.get_conn().dashboard_url == url
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"host": "https://h", "schema": "http"}, "has schema http, and https in its host"),
+        ({"host": "h:1", "port": 2}, "has port 2, and 1 in its host"),
+        ({"host": "ftp://h"}, "has schema 'ftp'; use http or https"),
+        ({"host": "h:ray"}, "which is no address"),
+        ({"host": "https://"}, "which is no address"),
+    ],
+)
+def test_what_a_host_cannot_be(monkeypatch, fields, words):
+    """One thing is said once."""
+    with pytest.raises(ClusterError, match=words):
+        connection(monkeypatch, json.dumps({"conn_type": "raylm", **fields})).get_conn()
+
+
+def test_a_dashboard_below_a_path_and_another_for_browsers(monkeypatch):
+    """Requests go below the path; links lead where people can go."""
+    paths = []
+    with dashboard() as (url, _):
+        extra = {"browser_url": "https://ray.example/night/"}
+        uri = json.dumps({"conn_type": "raylm", "host": f"{url}/below", "extra": extra})
+        with closing(connection(monkeypatch, uri).get_conn()) as client:
+            response = client._dashboard.call("GET", "/api/version")
+            paths.append(response.request.url.path)
+            assert client.dashboard_url == "https://ray.example/night"
+    assert paths == ["/below/api/version"]
 
 
 def test_the_local_token_is_found_where_ray_looks(tmp_path, monkeypatch):

@@ -1,14 +1,11 @@
 """Asking again what an engine failed at, on engines of a few lines."""
 
 import asyncio
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from airflow_provider_raylm.cluster.batch.recovery import FAILURES_IN_A_ROW, EngineFailure, Recovery
+from airflow_provider_raylm.cluster.batch.recovery import FAILURES_IN_A_ROW, UNBEGUN_IN_A_ROW, EngineFailure, Recovery
 from airflow_provider_raylm.cluster.batch.rows import Answer, Refusal
-from airflow_provider_raylm.cluster.gate import Gate
 from airflow_provider_raylm.errors import EngineError
 
 
@@ -25,24 +22,22 @@ class Engine:
         self.deaths = 0
         self.asked = 0
         self.alive = True
-        self.together = threading.Barrier(crowd)
-        self.lock = threading.Lock()
+        self.together = asyncio.Barrier(crowd)
 
-    def __call__(self, fields, contents, *, alone):
-        with self.lock:
-            self.asked += len(contents)
-            before = self.deaths
-            if self.alive and self.deadly & set(contents):
-                self.alive = False
-                self.deaths += 1
-            dead = not self.alive
+    async def __call__(self, fields, contents, *, alone, near):
+        self.asked += len(contents)
+        before = self.deaths
+        if self.alive and self.deadly & set(contents):
+            self.alive = False
+            self.deaths += 1
+        dead = not self.alive
         if not alone:
-            self.together.wait()
+            await self.together.wait()
         if dead or self.deaths > before:
             raise EngineFailure("dead")
-        return [Answer(content, "stop", 1, 1) for content in contents]
+        yield [(number, Answer(content, "stop", 1, 1)) for number, content in enumerate(contents)]
 
-    def wait(self):
+    async def wait(self):
         self.alive = True
 
 
@@ -51,121 +46,119 @@ def rows(first, count=256):
 
 
 @pytest.mark.parametrize("at", [0, 100, 255])
-def test_the_row_at_fault_is_found_and_the_others_are_answered(at):
-    """At the price of four deaths: among others, in its block, in its piece, by itself."""
+async def test_the_row_at_fault_is_found_and_the_others_are_answered(at):
+    """At the price of six deaths: twice among others, in its block, in its piece, twice by itself."""
     engine = Engine(deadly=[f"row {at}"])
-    outcomes = Recovery(engine, engine.wait)("{}", rows(0))
+    outcomes = await Recovery(engine, engine.wait)("{}", rows(0))
 
     assert [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Refusal)] == [at]
     assert outcomes[at].reason == "engine_failure"
     assert [o.text for i, o in enumerate(outcomes) if i != at] == [r for i, r in enumerate(rows(0)) if i != at]
-    assert engine.deaths == 4
+    assert engine.deaths == 6
 
 
-def test_blocks_that_only_died_together_are_asked_once_more():
-    """One death for all of them, not one for each."""
+async def test_blocks_that_only_died_together_are_asked_again_together():
+    """One death for all of them, not one for each; and alone only when they have died twice."""
     engine = Engine(deadly=["row 300"], crowd=4)
     recovery = Recovery(engine, engine.wait)
-    with ThreadPoolExecutor(4) as pool:
-        blocks = list(pool.map(lambda block: recovery("{}", rows(256 * block)), range(4)))
+    blocks = await asyncio.gather(*(recovery("{}", rows(256 * block)) for block in range(4)))
 
     refused = [o for block in blocks for o in block if isinstance(o, Refusal)]
     assert len(refused) == 1
-    assert engine.deaths == 4
-    # Every block twice; the guilty one once more in pieces, and its piece once more by rows.
-    assert engine.asked <= 2 * 4 * 256 + 256 + 16
+    assert engine.deaths == 6
+    # Every block three times; the guilty one once more in pieces, and its piece once more by rows.
+    assert engine.asked <= 3 * 4 * 256 + 256 + 16 + 1
 
 
-def test_an_engine_that_fails_at_everything_ends_the_task():
+async def test_an_engine_that_fails_at_everything_ends_the_task():
     """Instead of refusing every row of the table."""
     engine = Engine(deadly=rows(0))
     with pytest.raises(EngineError, match=f"failed {FAILURES_IN_A_ROW} times without an answer.*dead"):
-        Recovery(engine, engine.wait)("{}", rows(0))
+        await Recovery(engine, engine.wait)("{}", rows(0))
     assert engine.deaths == FAILURES_IN_A_ROW
 
 
-def test_an_engine_that_does_not_come_back_ends_the_task():
+async def test_an_engine_that_does_not_come_back_ends_the_task():
     """With the waiter's own words."""
 
-    def wait():
+    async def wait():
         raise EngineError("not back")
 
     with pytest.raises(EngineError, match="not back"):
-        Recovery(Engine(deadly=["row 0"]), wait)("{}", rows(0))
+        await Recovery(Engine(deadly=["row 0"]), wait)("{}", rows(0))
 
 
-def test_all_blocks_in_flight_end_for_the_same_reason():
+async def test_all_blocks_in_flight_end_for_the_same_reason():
     """However many they are, none waits for the engine anew."""
     crowd = 2 * FAILURES_IN_A_ROW
     engine = Engine(deadly=["row 0"], crowd=crowd)
     waits = []
 
-    def gone():
+    async def gone():
         waits.append(1)
         raise EngineError("The engine is gone.")
 
     recovery = Recovery(engine, gone)
-    with ThreadPoolExecutor(crowd) as pool:
-        blocks = [pool.submit(recovery, "{}", rows(256 * i)) for i in range(crowd)]
-    assert {str(block.exception()) for block in blocks} == {"The engine is gone."}
+    blocks = await asyncio.gather(*(recovery("{}", rows(256 * i)) for i in range(crowd)), return_exceptions=True)
+    assert set(map(str, blocks)) == {"The engine is gone."}
     assert len(waits) == 1
 
 
-def test_a_block_is_not_blamed_for_a_death_before_its_turn():
-    """It waited at the gate when another task's row killed the engine."""
-    calls = []
+class Script:
+    """Fails as it is told, one failure per call, after some answers; then answers all.
 
-    def ask(fields, contents, *, alone):
-        calls.append(alone)
-        if len(calls) < 4:
-            raise EngineFailure("dead", begun=not alone)
-        return [Answer(content, "stop", 1, 1) for content in contents]
+    Attributes:
+        calls: of each call, whether it was alone, and what it asked about.
+    """
 
-    assert len(Recovery(ask, lambda: None)("{}", rows(0, 1))) == 1
-    assert calls == [False, True, True, True]
+    def __init__(self, *failures, answers=0):
+        self.failures = list(failures)
+        self.answers = answers
+        self.calls = []
 
-
-@pytest.mark.asyncio
-async def test_the_gate_lets_one_in_alone():
-    """Nobody is inside with it, and those who come while it waits do not go before it."""
-    gate, log = Gate(), []
-
-    async def go(name, alone):
-        async with gate.passed(alone):
-            log.append(f"+{name}")
-            await asyncio.sleep(0.01)
-            log.append(f"-{name}")
-
-    first = [asyncio.create_task(go(name, False)) for name in "ab"]
-    await asyncio.sleep(0)
-    alone = [asyncio.create_task(go(name, True)) for name in "XY"]
-    await asyncio.sleep(0)
-    later = [asyncio.create_task(go("c", False))]
-    await asyncio.gather(*first, *alone, *later)
-
-    assert log == ["+a", "+b", "-a", "-b", "+X", "-X", "+Y", "-Y", "+c", "-c"]
+    async def __call__(self, fields, contents, *, alone, near):
+        self.calls.append((alone, list(contents)))
+        answered = [(number, Answer(content, "stop", 1, 1)) for number, content in enumerate(contents)]
+        if self.failures:
+            yield answered[: self.answers]
+            raise self.failures.pop(0)
+        yield answered
 
 
-@pytest.mark.asyncio
-async def test_a_cancelled_wait_leaves_the_gate_open():
-    """Whether it waited or was inside."""
-    gate = Gate()
-    inside = asyncio.Event()
+async def wait():
+    """Come back at once."""
 
-    async def go(alone):
-        async with gate.passed(alone):
-            inside.set()
-            await asyncio.sleep(60)
 
-    holder = asyncio.create_task(go(False))
-    await inside.wait()
-    waiting = asyncio.create_task(go(True))
-    await asyncio.sleep(0)
-    for task in (waiting, holder):
-        task.cancel()
-    await asyncio.gather(waiting, holder, return_exceptions=True)
+async def test_what_waited_is_not_blamed():
+    """For a death before its rows had entered the engine, among others or alone."""
+    waited, was_inside = EngineFailure("dead", begun=False), EngineFailure("dead", begun=True)
+    ask = Script(waited, waited, waited, was_inside, waited, was_inside, waited, waited)
 
-    async with asyncio.timeout(1), gate.passed(alone=True):
-        pass
-    async with asyncio.timeout(1), gate.passed(alone=False):
-        pass
+    assert len(await Recovery(ask, wait)("{}", rows(0, 1))) == 1
+    assert [alone for alone, _ in ask.calls] == [False] * 6 + [True] * 3
+
+
+async def test_what_was_answered_before_a_death_is_not_asked_again():
+    """It is paid."""
+    ask = Script(*[EngineFailure("dead")] * 2, answers=3)
+    outcomes = await Recovery(ask, wait)("{}", rows(0, 10))
+
+    assert [asked for _, asked in ask.calls] == [rows(0, 10), rows(3, 7), rows(6, 4)]
+    assert [outcome.text for outcome in outcomes] == rows(0, 10)
+
+
+async def test_a_lost_answer_is_noticed():
+    """Never a row without its answer."""
+
+    async def ask(fields, contents, *, alone, near):
+        yield [(0, Answer("a", "stop", 1, 1))]
+
+    with pytest.raises(EngineError, match="1 of 2 rows"):
+        await Recovery(ask, wait)("{}", ["a", "b"])
+
+
+async def test_an_engine_that_dies_before_it_begins_is_not_asked_for_ever():
+    """Whatever kills it, it never gets to work."""
+    ask = Script(*[EngineFailure("dead", begun=False)] * 100)
+    with pytest.raises(EngineError, match=f"failed {UNBEGUN_IN_A_ROW} times"):
+        await Recovery(ask, wait)("{}", ["a"])

@@ -7,19 +7,18 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
-from airflow.sdk import conf
-from airflow.sdk.exceptions import TaskDeferred
 
 from airflow_provider_raylm.errors import ClusterError, SpecError
-from airflow_provider_raylm.operators.raylm import TeardownEngineOperator
+from airflow_provider_raylm.operators.raylm import TeardownEngineOperator, installation
 from airflow_provider_raylm.polling import Unreachable
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient
 from airflow_provider_raylm.sensors.raylm import EngineSensor
 from airflow_provider_raylm.testing import FakeRayJobs
 from airflow_provider_raylm.triggers.raylm import EngineTrigger
+from tests.airflows import TaskDeferred
 from tests.unit.test_ray_jobs import dashboard
 
-HERE = str(conf.get("api", "base_url", fallback=None) or "http://localhost:8080")
+HERE = installation()
 
 
 @pytest.fixture
@@ -43,6 +42,13 @@ def deploy(fake, run_id, dag_id, engine="shared", installation=HERE):
 def poke(fake, **arguments):
     with fake.installed():
         return EngineSensor(task_id="find", engine="shared", **arguments).poke({})
+
+
+def test_the_latest_is_the_one_that_was_deployed_last(fake):
+    """Whatever its run is called."""
+    deploy(fake, "manual__2026-01-02", "nightly")
+
+    assert poke(fake, owner_dag_id="nightly").xcom_value["labels"]["run_id"] == "manual__2026-01-02"
 
 
 @pytest.mark.parametrize(

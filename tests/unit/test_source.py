@@ -1,9 +1,11 @@
 """From a source to blocks of rows: files that others wrote, on a local folder and on S3."""
 
 import bz2
+import gc
 import gzip
 import json
 import uuid
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,9 +19,10 @@ from airflow_provider_raylm.cluster.batch.formats import format_of
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, File, Fragment, Reading
 from airflow_provider_raylm.cluster.batch.plan import Block, Plan, make_plan
 from airflow_provider_raylm.cluster.batch.reader import read_blocks
+from airflow_provider_raylm.cluster.batch.task import Work
 from airflow_provider_raylm.errors import BatchError, SpecError
 from airflow_provider_raylm.specs import BatchSpec, build
-from tests.scripted import attempt
+from tests.scripted import REF, attempt
 
 
 def spec(tmp_path, **fields):
@@ -357,6 +360,30 @@ def test_columns_of_the_path(tmp_path):
     ]
 
 
+def test_what_is_held_of_a_file_ends_with_it_however_wide_its_rows_are(tmp_path):
+    """One that is read to its end, one of which the rest is not wanted, and one that shares a block."""
+    (tmp_path / "in").mkdir()
+    for number, rows in enumerate((64, 64, 8)):
+        table = pa.table({"text": [f"{i}".ljust(1 << 20) for i in range(rows)]})
+        pq.write_table(table, tmp_path / "in" / f"{number}.parquet", row_group_size=16)
+    task = spec(tmp_path, block_rows=16)
+    plan = make_plan(task, print)
+    gc.collect()
+    before = pa.total_allocated_bytes()
+    most = 0
+    gc.disable()
+    try:
+        for _, _rows in read_blocks(plan, lambda name: not name.startswith("00001-00000003")):
+            most = max(most, pa.total_allocated_bytes() - before)
+        del _rows
+        left = pa.total_allocated_bytes() - before
+    finally:
+        gc.enable()
+    assert left == 0
+    # A row group as it is decoded and its dictionary, the block, and the one before it.
+    assert most < 16 * 5 << 20
+
+
 def test_only_needed_columns_are_read(tmp_path):
     """Unless a row function may look at any."""
     write(tmp_path, "a.parquet", pa.table({"text": ["x"], "a": [1], "b": [2], "raylm_prompt_tokens": [3]}))
@@ -619,3 +646,24 @@ def test_blocks_have_every_row_once(sizes, block_rows, limit):
     assert len(covered) == plan.rows == min(len(every), limit or len(every))
     assert covered == every[: len(covered)]
     assert names == sorted(set(names))
+
+
+@pytest.mark.parametrize("replicas", [1, 8, 9, 25])
+def test_stages_share_the_blocks(replicas, tmp_path):
+    """Each block is one stage's, also where only reading tells how many there are, and where small files make one."""
+    write(tmp_path, "a.parquet", pa.table({"text": [f"row {i}" for i in range(97)]}))
+    write(tmp_path, "b.jsonl", "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(55)))
+    for name in "cdef":
+        write(tmp_path, f"{name}.parquet", pa.table({"text": [name]}))
+    task = spec(tmp_path, block_rows=3)
+    plan = make_plan(task, print)
+    done = {"00000-000000009": 3}
+    ref = REF.model_copy(update={"replicas": replicas})
+    works = [Work(task, ref, plan, None, SimpleNamespace(done=done), stage) for stage in range(-(-replicas // 8))]
+    shares = [[(name, rows.num_rows) for name, rows in work.left()] for work in works]
+
+    assert {work.stages for work in works} == {len(works)}
+    assert sum(rows for share in shares for _, rows in share) == 97 + 55 + 4 - 3
+    names = [name for share in shares for name, _ in share]
+    assert len(set(names)) == len(names)
+    assert all(shares)

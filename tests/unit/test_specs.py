@@ -60,6 +60,55 @@ def test_a_bad_value_is_named(spec, value, named):
     assert named in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"gpus": 2}, "gpus: at most 1 for each vLLM worker, got 2; for an engine on several GPUs set tensor_parallel"),
+        ({"gpus": 0.5, "tensor_parallel_size": 2}, "several of this engine's 2 workers on one GPU"),
+        ({"gpus": 0.25, "pipeline_parallel_size": 3}, "several of this engine's 3 workers on one GPU"),
+        ({"gpus": 0.4, "engine_kwargs": {"gpu_memory_utilization": 0.5}}, "0.5 of a GPU's memory, but gpus is 0.4"),
+        ({"engine_kwargs": {"data_parallel_size": 2}}, "engine_kwargs.data_parallel_size: set EngineSpec.replicas"),
+        ({"engine_kwargs": {"data_parallel_backend": "ray"}}, "data_parallel_backend: set EngineSpec.replicas"),
+        ({"engine_kwargs": {"distributed_executor_backend": "mp"}}, "EngineSpec.gpus decides"),
+        ({"engine_kwargs": {"prefill_context_parallel_size": 2}}, "set EngineSpec.tensor_parallel_size"),
+        ({"engine_kwargs": {"device_ids": [1]}}, "set EngineSpec.accelerator_type"),
+        ({"engine_kwargs": {"nnodes": 2}}, "Ray chooses the nodes"),
+        ({"engine_kwargs": {"max_num_queued_reqs": 9}}, "set max_num_seqs"),
+        ({"engine_kwargs": {"hf_token": "hf_x"}}, "set EngineSpec.secret_env"),
+        ({"engine_kwargs": {"skip_tokenizer_init": True}}, "rows are text"),
+        ({"engine_kwargs": {"ssl_keyfile": "k"}}, "engine_kwargs.ssl_keyfile: an engine has no HTTP endpoint"),
+        ({"engine_kwargs": {"disable_log_stats": True}, "log_engine_metrics": True}, "needs these statistics"),
+        ({"env": {"VLLM_RAY_PER_WORKER_GPUS": "0.5"}}, "env.VLLM_RAY_PER_WORKER_GPUS: set EngineSpec.gpus"),
+        ({"secret_env": {"VLLM_DP_SIZE": "/two"}}, "secret_env.VLLM_DP_SIZE: set EngineSpec.replicas"),
+        ({"env": {"CUDA_VISIBLE_DEVICES": "1"}}, "env.CUDA_VISIBLE_DEVICES: Ray chooses the GPUs"),
+    ],
+)
+def test_what_contradicts_an_engines_resources_is_refused(fields, named):
+    """Or another field; with the one to set."""
+    with pytest.raises(SpecError) as error:
+        build(EngineSpec, {"name": "e", "model": "m", **fields})
+
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gpus": 0.25},
+        {"gpus": 0.6, "tensor_parallel_size": 2},
+        {"gpus": 0.5, "engine_kwargs": {"gpu_memory_utilization": 0.5}},
+        {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "replicas": 3},
+        {"engine_kwargs": {"enable_expert_parallel": True, "worker_cls": "auto", "decode_context_parallel_size": 1}},
+        {"engine_kwargs": {"disable_log_stats": False}, "log_engine_metrics": True},
+        {"gpus": 0, "env": {"CUDA_VISIBLE_DEVICES": ""}},
+        {"gpus": 0, "tensor_parallel_size": 2},
+    ],
+)
+def test_what_an_engine_can_be_given(fields):
+    """Fractions for one worker, or for several that cannot meet on a GPU; arguments that ask for no more GPUs."""
+    assert build(EngineSpec, {"name": "e", "model": "m", **fields}).name == "e"
+
+
 def test_a_spec_is_a_value():
     """It survives the wire unchanged, and cannot be changed."""
     spec = build(BatchSpec, {**BATCH, "stop": ["x"], "columns": ["text"]})

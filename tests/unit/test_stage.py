@@ -1,5 +1,7 @@
 """A block of rows, and what an engine made of a function says to it."""
 
+import asyncio
+
 import pyarrow as pa
 import pytest
 
@@ -8,7 +10,7 @@ from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.stage import REASON, BlockAnswerer
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchSpec
-from tests.scripted import shouts as ask
+from tests.scripted import asking, shouts
 
 
 def spec(tmp_path, **fields):
@@ -21,11 +23,13 @@ def table(*texts, **columns):
     return pa.table({"text": pa.array(texts, pa.string()), **columns, ROW_ID: ids})
 
 
+def answer(task, rows):
+    return asyncio.run(BlockAnswerer(task, "m", asking(shouts)).answer(rows, "block"))
+
+
 def test_every_row_ends_in_one_of_two_tables(tmp_path):
     """Answered rows keep their columns and types; failed ones come as they went, with the reason."""
-    answered, failed = BlockAnswerer(spec(tmp_path), "m", ask).answer(
-        table("a", "bad", None, " ", "b", n=pa.array([1, 2, 3, 4, 5], pa.int8()))
-    )
+    answered, failed = answer(spec(tmp_path), table("a", "bad", None, " ", "b", n=pa.array([1, 2, 3, 4, 5], pa.int8())))
 
     assert answered.select(["text", "n", "response", ROW_ID]).to_pylist() == [
         {"text": "a", "n": 1, "response": "A", ROW_ID: "id0"},
@@ -43,7 +47,7 @@ def test_every_row_ends_in_one_of_two_tables(tmp_path):
 def test_steps_see_what_earlier_ones_produced(tmp_path):
     """Tokens add up over the steps; a row that failed is not asked again."""
     steps = [{"prompt": "${text}", "output_column": "one"}, {"prompt": "${text}+${one}", "output_column": "two"}]
-    answered, failed = BlockAnswerer(spec(tmp_path, prompt=None, steps=steps), "m", ask).answer(table("a", "bad"))
+    answered, failed = answer(spec(tmp_path, prompt=None, steps=steps), table("a", "bad"))
 
     assert answered.select(["one", "two", "raylm_prompt_tokens", "raylm_completion_tokens"]).to_pylist() == [
         {"one": "A", "two": "A+A", "raylm_prompt_tokens": 4, "raylm_completion_tokens": 6}
@@ -68,7 +72,7 @@ def test_row_functions(tmp_path):
     task = spec(
         tmp_path, prompt="${short}", columns=["text"], preprocess=f"{__name__}:shorten", postprocess=f"{__name__}:shout"
     )
-    answered, failed = BlockAnswerer(task, "m", ask).answer(table("abc", "c", n=pa.array([1, 2], pa.int8())))
+    answered, failed = answer(task, table("abc", "c", n=pa.array([1, 2], pa.int8())))
 
     assert answered.select(["text", "short", "response", ROW_ID]).to_pylist() == [
         {"text": "abc", "short": "a", "response": "A!", ROW_ID: "id0"}
@@ -90,7 +94,7 @@ def test_strange_results_of_a_row_function_fail_no_other_row(tmp_path):
     """What fits no common type becomes text; what no file can hold fails its row."""
     task = spec(tmp_path, preprocess=f"{__name__}:make_strange")
     rows = table(*["t"] * len(STRANGE), i=list(range(len(STRANGE))))
-    answered, failed = BlockAnswerer(task, "m", ask).answer(rows)
+    answered, failed = answer(task, rows)
     assert encode(answered, "parquet").startswith(b"PAR1")
 
     assert answered["made"].to_pylist() == ["1", "x", '{"a": 1}', "{}", str(2**70), None]
@@ -101,10 +105,25 @@ def test_strange_results_of_a_row_function_fail_no_other_row(tmp_path):
 def test_a_row_function_that_is_not_there_is_named(tmp_path):
     """The error says that the cluster has to import it."""
     with pytest.raises(BatchError, match=r"preprocess: cannot import no\.such:thing on the cluster"):
-        BlockAnswerer(spec(tmp_path, preprocess="no.such:thing"), "m", ask)
+        BlockAnswerer(spec(tmp_path, preprocess="no.such:thing"), "m", asking(shouts))
 
 
 def test_a_column_that_only_some_file_lacks_is_fatal(tmp_path):
     """It is the author's mistake, not the row's."""
     with pytest.raises(BatchError, match="a row has no column 'text'|no column 'text'"):
-        BlockAnswerer(spec(tmp_path), "m", ask).answer(pa.table({"other": ["x"], ROW_ID: ["1"]}))
+        answer(spec(tmp_path), pa.table({"other": ["x"], ROW_ID: ["1"]}))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+async def test_the_steps_of_a_block_belong_together(steps, tmp_path):
+    """What a later one asks begins with what the first one asked; a single one may be answered anywhere."""
+    places = []
+
+    async def ask(fields, contents, near=None):
+        places.append(near)
+        return shouts(fields, contents)
+
+    questions = [{"prompt": "${text}", "output_column": name} for name in "ab"[:steps]]
+    await BlockAnswerer(spec(tmp_path, prompt=None, steps=questions), "m", ask).answer(table("x"), "00000-000000256")
+
+    assert places == ([None] if steps == 1 else ["00000-000000256"] * 2)

@@ -6,16 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+from airflow.triggers.base import BaseTrigger
 
+from airflow_provider_raylm import following
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
-from airflow_provider_raylm.polling import FAILED, SUCCEEDED, JobInfo, Unreachable
-from airflow_provider_raylm.triggers import raylm
+from airflow_provider_raylm.polling import FAILED, SUCCEEDED, JobInfo, Refused, Unreachable
+from airflow_provider_raylm.triggers import connections, raylm
 from airflow_provider_raylm.triggers.raylm import RayJobTrigger
 from airflow_provider_raylm.wire import error_line, result_line, said_line
 
 RUNNING = JobInfo("RUNNING")
-LINES = [said_line("one"), "noise", said_line("two")]
+LINES = [said_line(1, "one"), "noise", said_line(2, "two")]
+TOLD_TO_STOP = pytest.mark.skipif(
+    not hasattr(BaseTrigger, "on_kill"), reason="Airflow tells a trigger from 3.3 on that a user has stopped its task"
+)
 
 
 class Jobs:
@@ -27,7 +32,7 @@ class Jobs:
         self.looks = list(looks)
         self.last = last
         self.stopped = []
-        self.opened = self.looked = 0
+        self.opened = self.opens = self.looked = 0
 
     def get(self, submission_id):
         self.looked += 1
@@ -36,8 +41,8 @@ class Jobs:
             raise look
         return look
 
-    def logs(self, submission_id, offset=0):
-        return "\n".join([*LINES, self.last, ""])[offset:]
+    def logs(self, submission_id, lines=None):
+        return "".join(f"{line}\n" for line in [*LINES, self.last][-(lines or 0) :])
 
     def stop(self, submission_id):
         self.stopped.append(submission_id)
@@ -67,13 +72,25 @@ async def fired(one):
     return [event.payload async for event in one.run()]
 
 
+async def ended(tasks):
+    for one in tasks:
+        one.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 @pytest.fixture
 def said(monkeypatch):
     """The lines that triggers log."""
     lines = []
-    log = SimpleNamespace(info=lambda form, line: lines.append(form % line))
+    log = SimpleNamespace(info=lambda form, line: lines.append(form % line), warning=lambda *_: None)
     monkeypatch.setattr(RayJobTrigger, "log", log)
     return lines
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Ask a silent cluster again at once."""
+    monkeypatch.setattr(connections, "SILENT_FOR_S", (0.001, 0.01))
 
 
 def test_it_fires_with_the_result(connect, said):
@@ -102,12 +119,26 @@ def test_the_deadline_stops_the_job(connect):
     assert jobs.stopped == ["job-1"]
 
 
+def test_a_restart_does_not_stop_the_job(connect):
+    """Airflow cancels the trigger then; before 3.3 it does no more when a user marks or clears the task."""
+    jobs = connect(Jobs(RUNNING, last=""))
+
+    async def scenario():
+        waiting = asyncio.create_task(fired(trigger()))
+        await asyncio.sleep(0.05)
+        await ended([waiting])
+
+    asyncio.run(scenario())
+    assert (jobs.stopped, jobs.opened) == ([], 0)
+
+
+@TOLD_TO_STOP
 @pytest.mark.parametrize(
     ("states", "stopped"),
     [({"label": "failed"}, True), ({"label": None}, True), ({}, True), ({"label": "deferred"}, False)],
 )
-def test_a_user_stops_the_job_and_a_restart_does_not(connect, monkeypatch, states, stopped):
-    """Airflow only cancels for the one, and calls on_kill for the other: and when another triggerer has taken over."""
+def test_a_user_stops_the_job(connect, monkeypatch, states, stopped):
+    """Airflow calls on_kill then: and when another triggerer has taken over, whose job it is."""
     jobs = connect(Jobs(RUNNING, last=""))
     task = ("nightly", -1, ["label"])
 
@@ -122,9 +153,7 @@ def test_a_user_stops_the_job_and_a_restart_does_not(connect, monkeypatch, state
         one.task_instance = SimpleNamespace(dag_id="nightly", run_id="run", task_id="label", map_index=-1)
         waiting = asyncio.create_task(fired(one))
         await asyncio.sleep(0.05)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        assert jobs.stopped == []
+        await ended([waiting])
         await one.on_kill()
 
     asyncio.run(scenario())
@@ -149,7 +178,7 @@ def test_it_can_be_made_anew(connect):
 
 def test_many_look_no_more_often_than_few(connect, monkeypatch):
     """Two hundred share one connection, and the event loop is not held up."""
-    monkeypatch.setattr(raylm, "LOOKS_PER_S", 100.0)
+    monkeypatch.setattr(connections, "LOOKS_PER_S", 100.0)
     jobs = connect(Jobs(RUNNING, last=""))
     late = []
 
@@ -168,4 +197,136 @@ def test_many_look_no_more_often_than_few(connect, monkeypatch):
     # Each once at the start, and then a hundred looks a second, not the 20,000 of two hundred loops of 10 ms.
     assert 200 + 100 <= jobs.looked <= 200 + 100 * 4
     assert sorted(late)[90] < 0.1
+    assert jobs.opened == 0
+
+
+class Dead(Jobs):
+    """Does not answer, and takes its time for it."""
+
+    def get(self, submission_id):
+        self.looked += 1
+        time.sleep(0.5)
+        raise Unreachable("no answer")
+
+
+@pytest.fixture
+def clusters(monkeypatch):
+    """Clusters by connection, each opened anew when it is asked for."""
+    found = {}
+
+    async def aget_conn(hook):
+        jobs = found[hook.raylm_conn_id]
+        jobs.opened += 1
+        jobs.opens += 1
+        return jobs
+
+    monkeypatch.setattr(RayLMHook, "aget_conn", aget_conn)
+    return found
+
+
+def on(conn_id, submission_id="job-1"):
+    return RayJobTrigger(conn_id, submission_id, 0.01, None, time.time())
+
+
+def test_a_silent_cluster_delays_no_other(clusters, monkeypatch):
+    """However many wait for it; and few of them ask it."""
+    monkeypatch.setattr(connections, "SILENT_FOR_S", (1.0, 30.0))
+    clusters["dead"] = Dead(RUNNING, last="")
+    clusters["alive"] = Jobs(RUNNING, JobInfo(SUCCEEDED), last=result_line({}))
+
+    async def scenario():
+        waiting = [asyncio.create_task(fired(on("dead", f"job-{number}"))) for number in range(50)]
+        await asyncio.sleep(0.2)
+        begun = time.monotonic()
+        await fired(on("alive"))
+        seconds = time.monotonic() - begun
+        await asyncio.sleep(1.5)
+        await ended(waiting)
+        return seconds
+
+    assert asyncio.run(scenario()) < 0.4
+    assert clusters["dead"].looked <= 2 * connections.THREADS
+
+
+@TOLD_TO_STOP
+def test_a_stop_waits_for_no_look(clusters, monkeypatch):
+    """And bears silence, too."""
+    monkeypatch.setattr(following, "RETRY_PERIOD_S", 0.01)
+    dead = clusters["dead"] = Dead(RUNNING, last="")
+    answers = [Unreachable("no answer"), None]
+
+    def stop(submission_id):
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+        dead.stopped.append(submission_id)
+
+    dead.stop = stop
+
+    async def scenario():
+        waiting = [asyncio.create_task(fired(on("dead"))) for _ in range(50)]
+        await asyncio.sleep(0.1)
+        one = on("dead", "job-2")
+        one._is_deferred = lambda: False
+        begun = time.monotonic()
+        await one.on_kill()
+        seconds = time.monotonic() - begun
+        await ended(waiting)
+        return seconds
+
+    assert asyncio.run(scenario()) < 0.4
+    assert dead.stopped == ["job-2"]
+
+
+def test_a_token_that_has_changed_is_read_again(clusters, said):
+    """The task was deferred with the old one."""
+    jobs = clusters["c"] = Jobs(RUNNING, Refused("wrong token"), Refused("wrong token"), JobInfo(SUCCEEDED), last="")
+    jobs.last = result_line({"a": 1})
+
+    (event,) = asyncio.run(fired(on("c")))
+    assert event["result"] == {"a": 1}
+    assert jobs.opens == 3
+
+
+def test_a_token_that_stays_wrong_ends_the_task(clusters, said, monkeypatch):
+    """After the time for which silence would be borne, too."""
+    monkeypatch.setattr(raylm, "OUTAGE_LIMIT_S", 0.1)
+    clusters["c"] = Jobs(Refused("wrong token"), last="")
+
+    assert asyncio.run(fired(on("c"))) == [{"error": {"type": "ClusterError", "message": "wrong token"}}]
+
+
+def test_a_connection_is_read_again_now_and_then(clusters, monkeypatch):
+    """It may have been edited; clients of before are closed."""
+    monkeypatch.setattr(connections, "CLIENT_KEPT_S", 0.05)
+    monkeypatch.setattr(connections, "CLOSED_AFTER_S", 0.05)
+    jobs = clusters["c"] = Jobs(RUNNING, last="")
+
+    async def scenario():
+        waiting = asyncio.create_task(fired(on("c")))
+        await asyncio.sleep(0.5)
+        await ended([waiting])
+        await asyncio.sleep(0.2)
+
+    asyncio.run(scenario())
+    assert jobs.opens > 2
+    assert jobs.opened == 0
+
+
+def test_a_connection_that_cannot_be_read_again_ends_no_task(clusters, monkeypatch, said):
+    """Airflow's own API may be away for a moment; who has no client yet is told."""
+    monkeypatch.setattr(connections, "CLIENT_KEPT_S", 0.02)
+    jobs = clusters["c"] = Jobs(*[RUNNING] * 10, JobInfo(SUCCEEDED), last=result_line({"a": 1}))
+    opened = RayLMHook.aget_conn
+
+    async def aget_conn(hook):
+        if jobs.opens:
+            raise ConnectionError("Airflow does not answer")
+        return await opened(hook)
+
+    monkeypatch.setattr(RayLMHook, "aget_conn", aget_conn)
+    (event,) = asyncio.run(fired(on("c")))
+    assert event["result"] == {"a": 1}
+    with pytest.raises(ConnectionError):
+        asyncio.run(fired(on("c")))
     assert jobs.opened == 0

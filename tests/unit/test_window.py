@@ -1,94 +1,203 @@
-"""How many blocks are on their way at a time, and in which order their results come."""
+"""How much is on its way at a time, and in which order its results come."""
 
-import threading
-import time
+import asyncio
 
 import pytest
 
-from airflow_provider_raylm.cluster.batch.window import in_order, window
+from airflow_provider_raylm.cluster.batch.loop import drained, in_threads
+from airflow_provider_raylm.cluster.batch.window import Window, in_order
 from airflow_provider_raylm.errors import BatchError, EngineError
+from tests.clock import on_a_clock
 
 
 @pytest.mark.parametrize(
-    ("chosen", "block_rows", "capacity", "blocks"),
-    [(None, 256, 1024, 8), (None, 256, 100, 4), (None, 1, 64, 128), (20, 7, 1024, 3), (1, 256, 1024, 1)],
+    ("chosen", "block_rows", "capacity", "replicas", "rows"),
+    [
+        (None, 256, 1024, 1, 2048),
+        (None, 256, 100, 1, 1536),
+        (None, 256, 800, 8, 12_288),
+        (None, 256, 50, 0.5, 768),
+        (None, 1, 64, 1, 128),
+        (20, 7, 1024, 1, 20),
+    ],
 )
-def test_the_window_follows_the_engine(chosen, block_rows, capacity, blocks):
-    """Twice what it works on at a time, unless the author says otherwise."""
-    assert window(chosen, block_rows, capacity) == blocks
+def test_the_window_follows_the_engine(chosen, block_rows, capacity, replicas, rows):
+    """Twice what it works on at a time, and enough for an engine to grow by, unless the author says otherwise."""
+    window = Window(chosen, block_rows)
+    window.fit(capacity, replicas)
+    assert window.most_rows == rows
+
+
+async def each(items):
+    for item in items:
+        yield item
+
+
+async def results(work, items, window, nbytes=lambda item: 1):
+    return [one async for one in in_order(work, each(items), window, nbytes)]
 
 
 def test_blocks_come_in_order_while_others_are_worked_on():
     """The first takes longest: the others are done before it, and wait for their turn."""
     finished = []
-    first_may_end = threading.Event()
 
-    def work(item):
-        if item == 0:
-            assert first_may_end.wait(10)
+    async def work(item):
+        await asyncio.sleep(100 if item == 0 else 1)
         finished.append(item)
-        if item == 3:
-            first_may_end.set()
         return item
 
-    assert list(in_order(work, range(6), at_a_time=2)) == [0, 1, 2, 3, 4, 5]
-    assert finished[:3] == [1, 2, 3]
+    assert on_a_clock(results(work, range(6), Window(2, 1)))[0] == [0, 1, 2, 3, 4, 5]
+    assert finished == [1, 2, 3, 4, 5, 0]
 
 
-def test_no_more_than_the_window_is_begun():
-    """What is begun and not done is what a crash can lose."""
-    at_work = []
-    most = []
+@pytest.mark.parametrize(
+    ("window", "nbytes", "at_a_time"), [(Window(6, 2), 1, 3), (Window(100, 1, 1000), 300, 3), (Window(9, 1, 10), 11, 1)]
+)
+def test_no_more_than_the_window_is_begun(window, nbytes, at_a_time):
+    """In blocks, and in bytes; one that is larger than all is worked on alone."""
+    at_work, most = [], []
 
-    def work(item):
+    async def work(item):
         at_work.append(item)
         most.append(len(at_work))
-        time.sleep(0.002)
+        await asyncio.sleep(1)
         at_work.remove(item)
 
-    list(in_order(work, range(50), at_a_time=3))
+    on_a_clock(results(work, range(50), window, lambda item: nbytes))
 
-    assert max(most) == 3
+    assert max(most) == at_a_time
+
+
+def test_rows_make_room_as_they_are_answered():
+    """A block's last row holds one place, not a block's: with 3 of 4 rows answered at once, 4 blocks go at a time."""
+    window = Window(None, 4)
+    window.fit(4, 0)
+    most = []
+
+    async def engine(fields, contents, *, alone, near):
+        yield [(number, "early") for number in range(3)]
+        most.append(window.most_rows)
+        await asyncio.sleep(60)
+        yield [(3, "late")]
+
+    async def work(item):
+        async for _ in window.metered(engine)("{}", [item] * 4, alone=False, near=None):
+            pass
+
+    # Two blocks by their rows; by what is left of them, eight.
+    _, seconds = on_a_clock(results(work, range(32), window))
+    assert seconds == 60 * 32 / 8
+
+
+def test_a_window_that_grows_lets_in_who_waits():
+    """And one that shrinks takes nothing back."""
+    window = Window(None, 1)
+    window.fit(2, 0)
+
+    async def engine(fields, contents, *, alone, near):
+        await asyncio.sleep(10)
+        yield [(0, "so")]
+
+    async def work(item):
+        async for _ in window.metered(engine)("{}", [item], alone=False, near=None):
+            pass
+
+    async def grow():
+        await asyncio.sleep(10)
+        window.fit(8, 0)
+        await window.tell()
+
+    async def both():
+        await asyncio.gather(results(work, range(68), window), grow())
+
+    assert on_a_clock(both())[1] == 10 + 10 * 64 / 16
 
 
 def test_work_goes_on_while_nobody_asks_for_results():
     """The consumer may take its time; the engine must not wait for it."""
-    finished = threading.Semaphore(0)
+    finished = []
 
-    def work(item):
-        finished.release()
+    async def work(item):
+        finished.append(item)
         return item
 
-    results = in_order(work, range(20), at_a_time=2)
-    assert next(results) == 0
-    assert all(finished.acquire(timeout=10) for _ in range(20))
-    assert list(results) == list(range(1, 20))
+    async def ask_once():
+        found = in_order(work, each(range(20)), Window(2, 1), lambda item: 1)
+        first = await anext(found)
+        await asyncio.sleep(1)
+        assert len(finished) == 20
+        return [first] + [one async for one in found]
+
+    assert on_a_clock(ask_once())[0] == list(range(20))
 
 
 def test_an_error_of_the_source_comes_after_what_it_gave():
     """A file that cannot be read in the middle fails the task; the blocks before it are written."""
     finished = []
 
-    def items():
-        yield from range(3)
+    async def items():
+        for item in range(3):
+            yield item
         raise BatchError("cannot read")
 
-    with pytest.raises(BatchError, match="cannot read"):
-        list(in_order(finished.append, items(), at_a_time=2))
+    async def work(item):
+        finished.append(item)
 
+    async def run():
+        with pytest.raises(BatchError, match="cannot read"):
+            [one async for one in in_order(work, items(), Window(2, 1), lambda item: 1)]
+
+    on_a_clock(run())
     assert sorted(finished) == [0, 1, 2]
 
 
 def test_the_first_error_ends_it():
-    """Nothing more is begun, what has been begun is finished."""
-    begun = []
+    """Nothing more is begun or asked; what has been asked is finished, for its answers are paid."""
+    begun, asked, finished = [], [], []
+    window = Window(None, 1)
+    window.fit(1, 0)
 
-    def work(item):
-        begun.append(item)
-        if item == 2:
+    async def engine(fields, contents, *, alone, near):
+        asked.append(contents[0])
+        await asyncio.sleep(1 + contents[0])
+        if contents[0] == 0:
             raise EngineError("gone")
+        yield [(0, "so")]
 
-    with pytest.raises(EngineError, match="gone"):
-        list(in_order(work, range(1000), at_a_time=2))
+    async def work(item):
+        begun.append(item)
+        async for _ in window.metered(engine)("{}", [item], alone=False, near=None):
+            pass
+        finished.append(item)
 
-    assert len(begun) < 10
+    async def run():
+        with pytest.raises(EngineError, match="gone"):
+            await results(work, range(1000), window)
+
+    on_a_clock(run())
+    assert asked == [0, 1]
+    assert finished == [1]
+    assert len(begun) <= 8
+
+
+def test_a_generator_of_a_loop_is_drained_in_a_thread():
+    """With its results, its error, and its end when it is closed early."""
+    closed = []
+
+    async def numbers(last, error=None):
+        try:
+            async for item in in_threads(iter(range(last))):
+                yield item
+            if error:
+                raise error
+        finally:
+            await asyncio.sleep(0)
+            closed.append(last)
+
+    assert list(drained(lambda: numbers(3))) == [0, 1, 2]
+    with pytest.raises(BatchError, match="unreadable"):
+        list(drained(lambda: numbers(2, BatchError("unreadable"))))
+    early = drained(lambda: numbers(10**9))
+    assert next(early) == 0
+    early.close()
+    assert closed == [3, 2, 10**9]

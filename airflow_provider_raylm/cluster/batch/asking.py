@@ -2,160 +2,192 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.cluster import engine
-from airflow_provider_raylm.cluster.batch.recovery import AskEngine, EngineFailure
-from airflow_provider_raylm.cluster.batch.rows import Answer, Content, Refusal
+from airflow_provider_raylm.cluster.batch.recovery import Answered, Ask, EngineFailure
+from airflow_provider_raylm.cluster.batch.rows import Content, Outcome, Part, Refusal
+from airflow_provider_raylm.cluster.engine import status
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import EngineRef
 
-Ask = Callable[[str, Sequence[Content]], list[Answer | Refusal]]
-
-# How much longer than its rows' time a call may take before the replica counts as hung.
-HUNG_AFTER_S = 60.0
+# A replica says a part of each block about once a second. One that is silent for so long is not waited for; nor is a
+# call that Serve has no replica for.
+SILENT_S = 300.0
 PING_TIMEOUT_S = 40.0
 PING_PERIOD_S = 2.0
 ABOUT_TIMEOUT_S = 60.0
-LOOK_PERIOD_S = 10.0
 # What a call through the handle raises when the engine or its replica is at fault.
 ENGINE_FAILURES = (EngineError, RayError, RayServeException)
 
 
-class Calls:
-    """Calls on their way. They are cancelled when the engine is gone: Serve keeps one that no replica has for ever.
+@dataclass(frozen=True)
+class Engine:
+    """What an engine has at the moment.
 
-    Args:
-        require_there: raises EngineError when the engine is gone.
+    Attributes:
+        replicas: ids of those that take work.
+        capacity: rows that they work on at a time, together.
+        cache_tokens: tokens that one of them keeps.
+        tasks: outputs of the tasks that have rows there.
     """
 
-    def __init__(self, require_there: Callable[[], None]) -> None:
-        self._require_there = require_there
-        self._open: set[Any] = set()
-        threading.Thread(target=self._look, name="raylm-calls", daemon=True).start()
-
-    @contextmanager
-    def open(self, response: Any) -> Iterator[Any]:
-        """Yield the response of a call that is on its way while the body runs."""
-        self._open.add(response)
-        try:
-            yield response
-        finally:
-            self._open.discard(response)
-
-    def _look(self) -> None:
-        while True:
-            time.sleep(LOOK_PERIOD_S)
-            try:
-                self._require_there()
-            except EngineError:
-                for response in tuple(self._open):
-                    response.cancel()
-            except (RayError, RayServeException):
-                # Serve's controller is being restarted.
-                continue
+    replicas: frozenset[str]
+    capacity: int
+    cache_tokens: int
+    tasks: frozenset[str]
 
 
-def through_handle(handle: Any, timeout: float, calls: Calls, caller: Any = None) -> AskEngine:
-    """Return a function that asks a block of requests through a deployment handle.
+class Handle:
+    """A deployment handle of a ``BlockLLMServer``, as a task uses it.
 
     Args:
-        handle: handle of a ``BlockLLMServer`` deployment.
-        timeout: seconds per row in the engine.
-        calls: holds those that are on their way.
+        handle: Serve's.
+        ref: the engine.
+        task: the output of the task, by which the engine knows it.
+        timeout: seconds that a row may be in the engine; None for as long as it gets tokens.
         caller: handle of the actor that asks; the engine gives up what it asked when it has died.
-
-    Raises (the returned function):
-        EngineFailure: the engine failed, its replica is gone, or it does not answer at all.
-        EngineError: it does not know the call: another version of this package deployed it.
-        BatchError: it refuses what all rows share.
     """
 
-    def ask(fields: str, contents: Sequence[Content], *, alone: bool) -> list[Answer | Refusal]:
-        begun = not alone
+    def __init__(self, handle: Any, ref: EngineRef, task: str, timeout: float | None, caller: Any = None) -> None:
+        self._handle = handle
+        self._stream = handle.options(stream=True)
+        self._ref = ref
+        self._shared = {"task": task, "timeout": timeout, "caller": caller}
+        self._gone = asyncio.Event()
+        self._known: set[str] = set()
+        self._listed: frozenset[str] = frozenset()
+        self._listed_at = 0.0
+
+    async def ask(
+        self, fields: str, contents: Sequence[Content], *, alone: bool, near: str | None
+    ) -> AsyncGenerator[Answered]:
+        """Answer a block, in parts; see ``AskEngine``.
+
+        Raises:
+            EngineFailure: the engine failed, its replica is gone, or it is silent.
+            EngineError: it does not know the call: another version of this package deployed it.
+            BatchError: it refuses what all rows share.
+        """
+        last: Part | None = None
+        heard_at = 0.0
+        ended = False
+        response = self._stream.run_block.remote(
+            fields=fields, contents=list(contents), alone=alone, near=near, **self._shared
+        )
         try:
-            if alone:
-                stream = handle.options(stream=True).run_block_alone.remote(fields, list(contents), timeout, caller)
-                with calls.open(stream):
-                    next(stream)
-                    begun = True
-                    answers: list[Answer | Refusal] = next(stream)
-            else:
-                with calls.open(handle.run_block.remote(fields, list(contents), timeout, caller)) as response:
-                    answers = _bounded(response, timeout + HUNG_AFTER_S)
+            while True:
+                last = await self._next(response)
+                heard_at = time.monotonic()
+                yield last.outcomes
+        except StopAsyncIteration:
+            ended = True
         except ENGINE_FAILURES as error:
             _raise_others(error)
-            raise EngineFailure(_last_line(error), begun) from None
-        if len(answers) != len(contents):
-            raise EngineError(f"the engine answered {len(answers)} of {len(contents)} rows of a block")
-        return answers
+            drained = last is not None and self._was_draining(last.replica, heard_at)
+            raise EngineFailure(_last_line(error), last is not None and last.begun and not drained) from None
+        finally:
+            if not ended:
+                response.cancel()
 
-    return ask
+    async def _next(self, response: Any) -> Part:
+        """Return the next part of an answer.
 
+        Serve keeps a call that no replica takes for ever, also when the engine is gone.
 
-def until_well(handle: Any, ref: EngineRef, timeout: float) -> Callable[[], None]:
-    """Return a function that waits until the engine answers.
+        Raises:
+            EngineError: the engine is gone, or silent.
+        """
+        part = asyncio.ensure_future(anext(response))
+        gone = asyncio.ensure_future(self._gone.wait())
+        try:
+            done, _ = await asyncio.wait({part, gone}, timeout=SILENT_S, return_when=asyncio.FIRST_COMPLETED)
+            if part in done:
+                said: Part = part.result()
+                return said
+            raise EngineError("the engine is gone" if gone in done else f"the engine is silent for {SILENT_S:g} s")
+        finally:
+            part.cancel()
+            gone.cancel()
 
-    Args:
-        handle: handle of a ``BlockLLMServer`` deployment.
-        ref: the engine.
-        timeout: seconds to wait at most.
+    def _was_draining(self, replica: str, heard_at: float) -> bool:
+        """Return whether a replica answered when it was not listed any more: Serve was about to stop it, in good order.
 
-    Raises (the returned function):
-        EngineError: the engine is gone, another one, or not back in time.
-    """
+        One that dies is listed until it does; one that has come since the last look has not been listed yet.
+        """
+        return replica in self._known - self._listed and heard_at > self._listed_at
 
-    def wait() -> None:
+    async def look(self) -> Engine:
+        """Return what the engine has; one that is gone ends all calls.
+
+        Raises:
+            EngineError: it is gone, or does not say.
+        """
+        try:
+            await asyncio.to_thread(status.require_there, self._ref)
+        except EngineError:
+            self._gone.set()
+            raise
+        began = time.monotonic()
+        try:
+            found = await asyncio.to_thread(self._about)
+        except ENGINE_FAILURES as error:
+            _raise_others(error)
+            raise EngineError(f"The engine does not say what it is: {_last_line(error)}") from None
+        self._known |= found.replicas
+        self._listed, self._listed_at = found.replicas, began
+        return found
+
+    def _about(self) -> Engine:
+        answers = self._handle.broadcast("about").results(timeout_s=ABOUT_TIMEOUT_S, return_exceptions=True)
+        abouts = [answer for answer in answers if isinstance(answer, dict)]
+        if not abouts:
+            raise next((one for one in answers if isinstance(one, Exception)), EngineError("it has no replica"))
+        for about in abouts:
+            if about["version"] != __version__:
+                raise EngineError(_other_version(about["version"]))
+        return Engine(
+            replicas=frozenset(about["replica"] for about in abouts),
+            capacity=sum(about["capacity"] for about in abouts),
+            cache_tokens=min(about["cache_tokens"] for about in abouts),
+            tasks=frozenset(task for about in abouts for task in about["tasks"]),
+        )
+
+    async def until_well(self, timeout: float) -> None:
+        """Return when the engine answers.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Raises:
+            EngineError: the engine is gone, another one, or not back in time.
+        """
         end = time.monotonic() + timeout
         while True:
-            engine.require_there(ref)
+            await asyncio.to_thread(status.require_there, self._ref)
             try:
-                _bounded(handle.ping.remote(), PING_TIMEOUT_S)
+                async with asyncio.timeout(PING_TIMEOUT_S):
+                    await self._handle.ping.remote()
                 return
-            except ENGINE_FAILURES as error:
+            except (TimeoutError, *ENGINE_FAILURES) as error:
                 _raise_others(error)
                 if time.monotonic() >= end:
                     raise EngineError(
-                        f"The engine {ref.application} failed and is not back after engine_timeout ({timeout:g} s): "
-                        f"{_last_line(error)}. Retry the task when it is well: it goes on with the rows that are "
-                        "missing. Or clear the deploy task together with this one."
+                        f"The engine {self._ref.application} failed and is not back after engine_timeout "
+                        f"({timeout:g} s): {_last_line(error)}. Retry the task when it is well: it goes on with the "
+                        "rows that are missing. Or clear the deploy task together with this one."
                     ) from None
-            time.sleep(PING_PERIOD_S)
-
-    return wait
-
-
-def meet(handle: Any, wait: Callable[[], None]) -> int:
-    """Return how many requests a replica works on at a time, once the engine is well and of this version.
-
-    Args:
-        handle: handle of a ``BlockLLMServer`` deployment.
-        wait: returns when the engine answers.
-
-    Raises:
-        EngineError: another version of this package deployed it.
-    """
-    wait()
-    try:
-        about = _bounded(handle.about.remote(), ABOUT_TIMEOUT_S)
-    except ENGINE_FAILURES as error:
-        _raise_others(error)
-        raise EngineError(f"The engine answers, but does not say what it is: {_last_line(error)}") from None
-    if about["version"] != __version__:
-        raise EngineError(_other_version(about["version"]))
-    return int(about["capacity"])
+            await asyncio.sleep(PING_PERIOD_S)
 
 
 def _raise_others(error: Exception) -> None:
@@ -181,14 +213,6 @@ def _other_version(version: str) -> str:
     )
 
 
-def _bounded(response: Any, timeout: float) -> Any:
-    try:
-        return response.result(timeout_s=timeout)
-    except TimeoutError:
-        response.cancel()
-        raise EngineError(f"the engine did not answer within {timeout:g} s") from None
-
-
 def _last_line(error: Exception) -> str:
     # The cause of what Ray wraps; of a traceback in a message, the line that says what was raised.
     cause = error.cause if isinstance(error, RayTaskError) else error
@@ -202,37 +226,37 @@ ANSWERS_KEPT = 100_000
 def once(ask: Ask, keep: int = ANSWERS_KEPT) -> Ask:
     """Return a function that asks equal requests once and gives all of them the one answer.
 
-    A request that is on its way in another thread is waited for. Of answered requests the last *keep* are remembered.
+    A request that is on its way for another block is waited for. Of answered requests the last *keep* are remembered.
     """
-    known: OrderedDict[bytes, Future[Answer | Refusal]] = OrderedDict()
-    lock = threading.Lock()
+    known: OrderedDict[bytes, asyncio.Future[Outcome]] = OrderedDict()
 
-    def ask_new(fields: str, contents: Sequence[Content]) -> list[Answer | Refusal]:
-        answers: list[Future[Answer | Refusal]] = []
-        new: list[tuple[bytes, Future[Answer | Refusal], Content]] = []
-        with lock:
-            for content in contents:
-                key = hashlib.blake2b(json.dumps([fields, content]).encode(), digest_size=16).digest()
-                answer = known.get(key)
-                if answer is None:
-                    answer = known[key] = Future()
-                    new.append((key, answer, content))
-                answers.append(answer)
-            while len(known) > keep:
-                known.popitem(last=False)
-        # Own requests first: whoever waits for another thread has none of its own left to ask.
+    async def ask_new(fields: str, contents: Sequence[Content], near: str | None = None) -> list[Outcome]:
+        answers: list[asyncio.Future[Outcome]] = []
+        new: list[tuple[bytes, asyncio.Future[Outcome], Content]] = []
+        for content in contents:
+            key = hashlib.blake2b(json.dumps([fields, content]).encode(), digest_size=16).digest()
+            answer = known.get(key)
+            if answer is None:
+                answer = known[key] = asyncio.get_running_loop().create_future()
+                new.append((key, answer, content))
+            answers.append(answer)
+        while len(known) > keep:
+            known.popitem(last=False)
+        # Own requests first: whoever waits for another block has none of its own left to ask.
         try:
-            got = ask(fields, [content for *_, content in new]) if new else []
+            got = await ask(fields, [content for *_, content in new], near) if new else []
         except BaseException as error:
-            for _, answer, _ in new:
+            for key, answer, _ in new:
+                known.pop(key, None)
                 answer.set_exception(error)
+                # Perhaps nobody else waits for it.
+                answer.exception()
             raise
         for (key, answer, _), outcome in zip(new, got, strict=True):
             if isinstance(outcome, Refusal) and outcome.reason == "timeout":
                 # The engine's haste or rest is not the question's: the next equal row is asked again.
-                with lock:
-                    known.pop(key, None)
+                known.pop(key, None)
             answer.set_result(outcome)
-        return [answer.result() for answer in answers]
+        return [await answer for answer in answers]
 
     return ask_new

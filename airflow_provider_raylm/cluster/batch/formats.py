@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from typing import IO, Any
@@ -39,6 +39,8 @@ _ENDS_BYTES = 1 << 16
 # A cell, or a line, is never longer: pyarrow's reader parses as much at a time.
 _CSV_BLOCK_BYTES = 1 << 23
 _LINES = 1024
+# Of a row group, decoded at a time: what is read ahead of the blocks is not more, however wide rows are.
+_BATCH_BYTES = 1 << 24
 # What pyarrow reads but cannot compute with, and what holds the same.
 _VIEWS = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 
@@ -96,7 +98,7 @@ def _require_id_type(uri: str, schema: pa.Schema, name: str) -> None:
 
 def tables(
     file: File, how: Reading, schema: pa.Schema, wanted_from: Callable[[], int] = lambda: 0
-) -> Iterator[tuple[int, pa.Table]]:
+) -> Generator[tuple[int, pa.Table]]:
     """Yield (position of the first row, rows) over a file in order, of *schema*'s columns those that it has.
 
     Args:
@@ -160,11 +162,19 @@ def _read_parquet(file: File, schema: pa.Schema, wanted_from: Callable[[], int])
                 if not names:
                     yield position, pa.table({"": pa.nulls(end - position)}).select([])
                 else:
-                    for batch in opened.iter_batches(_LINES, row_groups=[group], columns=names):
+                    rows = _batch_rows(opened.metadata.row_group(group), names)
+                    for batch in opened.iter_batches(rows, row_groups=[group], columns=names):
                         # By name: a column "a" brings what is called "a.b", too.
                         yield position, pa.Table.from_batches([batch]).select(names)
                         position += batch.num_rows
             position = end
+
+
+def _batch_rows(group: pq.RowGroupMetaData, names: list[str]) -> int:
+    """Return how many rows of a row group are read at a time."""
+    chunks = (group.column(number) for number in range(group.num_columns))
+    nbytes = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in names)
+    return int(max(1, min(_LINES, _BATCH_BYTES * group.num_rows // max(nbytes, 1))))
 
 
 # --- text of some kind ---

@@ -7,12 +7,10 @@ before answers; and where a retry adds answers to a part, before what had failed
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -22,12 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from airflow_provider_raylm.cluster.batch.encoding import encode, writable
-from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, Fragment
-from airflow_provider_raylm.cluster.batch.stage import load_function
+from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.storage import REQUESTS_AT_A_TIME, Place, reading
 from airflow_provider_raylm.errors import BatchError
-from airflow_provider_raylm.naming import fingerprint
-from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef, OutputFormat
+from airflow_provider_raylm.specs import BatchReport, BatchSpec, OutputFormat
 
 MANIFEST = "_manifest.json"
 PART = "part-"
@@ -36,25 +32,6 @@ _PART = re.compile(r"part-(\d{5,}-\d{9,})-(\d+)\.(?:parquet|jsonl)")
 _EMPTY = f"{PART}{0:05d}-{0:09d}-0"
 
 State = Literal["clearing", "writing", "complete"]
-
-
-def task_fingerprint(spec: BatchSpec, ref: EngineRef, fragments: Iterable[Fragment]) -> str:
-    """Return 12 hex digits of all that can change an answer: the question, the model, the exact input."""
-    files = [(fragment.file.uri, fragment.file.version) for fragment in fragments]
-    code = [_source_code(name, getattr(spec, name)) for name in ("preprocess", "postprocess")]
-    content = [fingerprint(spec), ref.answers or ref.fingerprint, files, code]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
-def _source_code(name: str, path: str | None) -> str | None:
-    function = load_function(name, path)
-    if function is None:
-        return None
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        # Not written in Python.
-        return path
 
 
 @dataclass(frozen=True)

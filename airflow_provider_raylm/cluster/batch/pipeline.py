@@ -1,17 +1,20 @@
 """One inference task: the plan of a source → blocks of rows → engine → parts, as a Ray Data pipeline.
 
-One operator: an actor that reads, asks and writes. Reading by Ray Data's own read tasks would start two more processes
-per job (5 CPU seconds each) and carry every row through the object store, for files that one thread reads faster than
-any engine answers. The driver plans, counts, and says when it is over.
+One operator: an actor that reads, asks and writes, and more of them where one cannot keep all replicas busy. Reading by
+Ray Data's own read tasks would start two more processes per job (5 CPU seconds each) and carry every row through the
+object store, for files that one thread reads faster than any engine answers. The driver plans, counts, and says when it
+is over.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import threading
+import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,20 +24,25 @@ import ray.data
 from ray import serve
 from ray.data import ActorPoolStrategy, DataContext
 
-from airflow_provider_raylm.cluster import engine
-from airflow_provider_raylm.cluster.batch.asking import Calls, meet, once, through_handle, until_well
+from airflow_provider_raylm.cluster.batch.affinity import by_prefix
+from airflow_provider_raylm.cluster.batch.asking import Handle, once
+from airflow_provider_raylm.cluster.batch.loop import drained
 from airflow_provider_raylm.cluster.batch.recovery import Recovery
 from airflow_provider_raylm.cluster.batch.report import COUNTS, Tally
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.cluster.batch.storage import Place
 from airflow_provider_raylm.cluster.batch.task import Work, answer_blocks, answer_source
-from airflow_provider_raylm.cluster.batch.window import window
+from airflow_provider_raylm.cluster.batch.window import Window
+from airflow_provider_raylm.cluster.engine import deploy, leases, status
 from airflow_provider_raylm.cluster.locks import held
+from airflow_provider_raylm.cluster.periodic import Periodic
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef, EngineSpec
 
 HEARTBEAT_PERIOD_S = 10.0
 SAY_PERIOD_S = 30.0
+LOOK_PERIOD_S = 10.0
+LOOK_TIMEOUT_S = 120.0
 
 # The stage waits most of the time: a fraction lets it run beside an engine that holds most CPUs.
 STAGE_CPUS = 0.1
@@ -62,15 +70,15 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say, redeploy: EngineSpec | None
 
     def answers(work: Work) -> Generator[dict[str, Any]]:
         if redeploy is not None:
-            engine.redeploy(redeploy, ref, say)
-        engine.wait_until_running(ref, spec.engine_timeout, say)
-        with engine.explained(ref.application):
-            _require_cpus()
+            deploy.redeploy(redeploy, ref, say)
+        status.wait_until_running(ref, spec.engine_timeout, say)
+        with status.explained(ref.application):
+            _require_cpus(work.stages * STAGE_CPUS)
             yield from _blocks(work)
 
-    with _only_writer(spec.output, say), _heartbeat(ref.application, spec.output, tally, say):
+    with _heartbeat(ref.application, spec.output, tally, say), _only_writer(spec.output, say):
         report = answer_source(spec, ref, answers, say, tally)
-        engine.record(ref.application, report)
+        leases.record(ref.application, report)
     return report
 
 
@@ -101,13 +109,14 @@ def _blocks(work: Work) -> Iterator[dict[str, Any]]:
     # Ray Data would fail a task in which no block ends for half an hour; calls to the engine have their own bound.
     context.execution_no_progress_timeout_s = -1
     # from_items makes its blocks here; from_arrow would start a worker process to look at one.
-    begin = ray.data.from_items([{"begin": True}], override_num_blocks=1)
+    begin = ray.data.from_items([{"stage": stage} for stage in range(work.stages)], override_num_blocks=work.stages)
     counts = begin.map_batches(
         AnswerAndWrite,
         fn_constructor_args=(ray.put(work),),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=1),
+        # One each: Ray Data would give the first actor that is up all of them.
+        compute=ActorPoolStrategy(size=work.stages, max_tasks_in_flight_per_actor=1),
         num_cpus=STAGE_CPUS,
         # A new actor would begin with the first row; a new attempt of the task begins with the first that is missing.
         max_restarts=0,
@@ -116,38 +125,75 @@ def _blocks(work: Work) -> Iterator[dict[str, Any]]:
 
 
 class AnswerAndWrite:
-    """The stage's actor: a block is written in the thread that got its answers, so an answer is safe at once."""
+    """A stage's actor: a block is written by who got its answers, so that an answer is safe at once."""
 
     def __init__(self, reference: ray.ObjectRef[Work]) -> None:
         # All else is done in the call: what a constructor raises, Ray Data hands on a minute later.
         self._reference = reference
 
-    def __call__(self, _: pa.Table) -> Iterator[pa.Table]:
-        """Read, answer and write what is not done; yield each block's counts, in the source's order."""
-        work = ray.get(self._reference)
-        spec, ref = work.spec, work.ref
-        handle = serve.get_deployment_handle(ref.deployment, ref.application)
-        wait = until_well(handle, ref, spec.engine_timeout)
-        at_a_time = window(spec.in_flight_rows, work.plan.block_rows, ref.replicas * meet(handle, wait))
-        calls = Calls(partial(engine.require_there, ref))
+    def __call__(self, begin: pa.Table) -> Iterator[pa.Table]:
+        """Read, answer and write this stage's blocks that are not done; yield the counts of each, in order."""
+        work = replace(ray.get(self._reference), stage=begin["stage"][0].as_py())
+        work.surroundings.enter()
         me = ray.get_runtime_context().current_actor
-        ask = Recovery(through_handle(handle, spec.request_timeout, calls, me), wait)
-        answerer = BlockAnswerer(spec, ref.model, once(ask) if spec.deduplicate else ask)
-        for counts in answer_blocks(work, answerer, at_a_time):
+        for counts in drained(lambda: _answered(work, me)):
             yield pa.Table.from_pylist([counts], schema=COUNTS)
 
 
-def _require_cpus() -> None:
+async def _answered(work: Work, caller: Any) -> AsyncGenerator[dict[str, Any]]:
+    """Yield the counts of a stage's blocks, as each is written."""
+    spec, ref = work.spec, work.ref
+    handle = Handle(
+        serve.get_deployment_handle(ref.deployment, ref.application), ref, spec.output, spec.request_timeout, caller
+    )
+    await handle.until_well(spec.engine_timeout)
+    in_flight_rows = spec.in_flight_rows and math.ceil(spec.in_flight_rows / work.stages)
+    window = Window(in_flight_rows, work.plan.block_rows)
+    there = await handle.look()
+
+    async def follow() -> None:
+        """Take as much of the engine as is this stage's."""
+        # Equal shares between tasks, and between the stages of this one.
+        share = len(there.tasks | {spec.output}) * work.stages
+        window.fit(there.capacity / share, len(there.replicas) / share)
+        await window.tell()
+
+    async def look() -> None:
+        nonlocal there
+        there = await handle.look()
+        await follow()
+
+    await follow()
+    recovery = Recovery(window.metered(handle.ask), lambda: handle.until_well(spec.engine_timeout))
+    ask = by_prefix(recovery, lambda: len(there.replicas), lambda: there.cache_tokens)
+    answerer = BlockAnswerer(spec, ref.model, once(ask) if spec.deduplicate else ask)
+    loop = asyncio.get_running_loop()
+    looking = Periodic(
+        "raylm-look",
+        "looking at the engine",
+        LOOK_PERIOD_S,
+        lambda: asyncio.run_coroutine_threadsafe(look(), loop).result(LOOK_TIMEOUT_S),
+        partial(print, flush=True),
+    )
+    try:
+        async with aclosing(answer_blocks(work, answerer, window)) as counts:
+            async for one in counts:
+                yield one
+    finally:
+        looking.stop(0)
+
+
+def _require_cpus(wanted: float) -> None:
     """Wait until the pipeline's own CPUs are free; without them Ray Data would wait for ever, in silence.
 
     Raises:
         BatchError: they are not free after two minutes.
     """
     end = time.monotonic() + CPU_WAIT_S
-    while (free := ray.available_resources().get("CPU", 0.0)) < STAGE_CPUS:
+    while (free := ray.available_resources().get("CPU", 0.0)) < wanted:
         if time.monotonic() >= end:
             raise BatchError(
-                f"the pipeline needs {STAGE_CPUS:g} CPUs beside the engine; {free:g} of "
+                f"the pipeline needs {wanted:g} CPUs beside the engine; {free:g} of "
                 f"{ray.cluster_resources().get('CPU', 0.0):g} are free. Give the engine fewer CPUs, or add a node."
             )
         time.sleep(1)
@@ -155,28 +201,35 @@ def _require_cpus() -> None:
 
 @contextmanager
 def _heartbeat(application: str, output: str, tally: Tally, say: Say) -> Iterator[None]:
-    """Renew the engine's lease and print progress while the body runs."""
-    over = threading.Event()
+    """Renew the engine's lease and print progress while the body runs.
 
-    def beat() -> None:
-        started = said_at = time.monotonic()
-        said_trouble = None
-        while not over.wait(HEARTBEAT_PERIOD_S):
-            engine.renew(application, output)
-            trouble = engine.trouble(application)
-            if trouble and trouble != said_trouble:
-                say(f"the engine is not well: {trouble}; what was on its way is asked again when it is back")
-            said_trouble = trouble
-            if tally.rows and time.monotonic() - said_at >= SAY_PERIOD_S - HEARTBEAT_PERIOD_S / 2:
-                said_at = time.monotonic()
-                say(tally.line(said_at - started))
+    Each in a thread of its own: a look at the engine may have to wait for Serve's controller, a renewal must not.
+    """
+    started = said_at = time.monotonic()
+    said_trouble = None
 
-    thread = threading.Thread(target=beat, name="raylm-heartbeat", daemon=True)
-    engine.renew(application, output)
-    thread.start()
+    def renew() -> None:
+        leases.renew(application, output)
+
+    def progress() -> None:
+        nonlocal said_at, said_trouble
+        if tally.rows and time.monotonic() - said_at >= SAY_PERIOD_S - HEARTBEAT_PERIOD_S / 2:
+            said_at = time.monotonic()
+            say(tally.line(said_at - started))
+        trouble = status.trouble(application)
+        if trouble and trouble != said_trouble:
+            say(f"the engine is not well: {trouble}; what was on its way is asked again when it is back")
+        said_trouble = trouble
+
+    with suppress(leases.SilentLease):
+        renew()
+    threads = (
+        Periodic("raylm-heartbeat", "renewing the engine's lease", HEARTBEAT_PERIOD_S, renew, say),
+        Periodic("raylm-progress", "looking at the engine", HEARTBEAT_PERIOD_S, progress, say),
+    )
     try:
         yield
     finally:
-        over.set()
-        thread.join(timeout=engine.LEASE_CALL_TIMEOUT_S)
-        engine.release(application, output)
+        for thread in threads:
+            thread.stop(leases.LEASE_CALL_TIMEOUT_S)
+        leases.release(application, output)

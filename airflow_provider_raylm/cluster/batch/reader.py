@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +33,7 @@ def read_blocks(plan: Plan, is_wanted: Wanted) -> Iterator[tuple[str, pa.Table]]
         if len(fragments) > 1:
             (block,) = blocks
             if is_wanted(name := plan.name(fragments[0], 0)):
-                pieces = [_Cursor(plan, plan.fragments[number]).rows(0, None) for number in fragments]
+                pieces = [_whole(plan, plan.fragments[number]) for number in fragments]
                 yield name, _exactly(pa.concat_tables(pieces), block, plan)
         else:
             yield from _of_one(plan, plan.fragments[fragments[0]], blocks, is_wanted)
@@ -41,20 +42,23 @@ def read_blocks(plan: Plan, is_wanted: Wanted) -> Iterator[tuple[str, pa.Table]]
 def _of_one(
     plan: Plan, fragment: Fragment, blocks: Iterator[Block], is_wanted: Wanted
 ) -> Iterator[tuple[str, pa.Table]]:
-    cursor: _Cursor | None = None
-    for block in blocks:
-        if block.rows is None:
-            # Only reading tells how many there are: up to the end, and what is not wanted is read over.
-            cursor = _Cursor(plan, fragment)
-            for first in itertools.count(block.first, plan.block_rows):
-                rows = cursor.rows(first, plan.block_rows)
-                if rows.num_rows and is_wanted(name := plan.name(fragment.number, first)):
-                    yield name, rows
-                if rows.num_rows < plan.block_rows:
-                    return
-        elif is_wanted(name := plan.name(fragment.number, block.first)):
-            cursor = cursor or _Cursor(plan, fragment)
-            yield name, _exactly(cursor.rows(block.first, block.rows), block, plan)
+    with closing(_Cursor(plan, fragment)) as cursor:
+        for block in blocks:
+            if block.rows is None:
+                # Only reading tells how many there are: up to the end, and what is not wanted is read over.
+                for first in itertools.count(block.first, plan.block_rows):
+                    rows = cursor.rows(first, plan.block_rows)
+                    if rows.num_rows and is_wanted(name := plan.name(fragment.number, first)):
+                        yield name, rows
+                    if rows.num_rows < plan.block_rows:
+                        return
+            elif is_wanted(name := plan.name(fragment.number, block.first)):
+                yield name, _exactly(cursor.rows(block.first, block.rows), block, plan)
+
+
+def _whole(plan: Plan, fragment: Fragment) -> pa.Table:
+    with closing(_Cursor(plan, fragment)) as cursor:
+        return cursor.rows(0, None)
 
 
 def _exactly(rows: pa.Table, block: Block, plan: Plan) -> pa.Table:
@@ -65,7 +69,7 @@ def _exactly(rows: pa.Table, block: Block, plan: Plan) -> pa.Table:
 
 
 class _Cursor:
-    """Reads on in one file."""
+    """Reads on in one file, which is opened with the first row that is wanted of it."""
 
     def __init__(self, plan: Plan, fragment: Fragment) -> None:
         self._plan = plan
@@ -78,6 +82,11 @@ class _Cursor:
         self._tables = tables(fragment.file, plan.how, pa.schema(wanted), lambda: self._first)
         self._position = 0
         self._held: pa.Table | None = None
+
+    def close(self) -> None:
+        """Close the file. It asks here how far it is, so that only the next collection of garbage would do so."""
+        self._tables.close()
+        self._held = None
 
     def rows(self, first: int, rows: int | None) -> pa.Table:
         """Return *rows* rows from position *first* on, which is never before what was taken; None for all."""

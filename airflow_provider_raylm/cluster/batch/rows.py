@@ -55,6 +55,25 @@ class Refusal:
     message: str
 
 
+Outcome = Answer | Refusal
+"""What comes of a row."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a replica says of a block while it answers it.
+
+    Attributes:
+        replica: who says it.
+        begun: whether a row of the block has entered the engine.
+        outcomes: of the rows that have ended since the part before, by their number in the block.
+    """
+
+    replica: str
+    begun: bool
+    outcomes: list[tuple[int, Outcome]]
+
+
 def compile_template(template: str) -> Callable[[Row], str]:
     """Return a function that renders *template* for a row.
 

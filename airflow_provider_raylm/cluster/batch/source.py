@@ -68,16 +68,15 @@ def list_files(spec: BatchSpec, how: Reading, say: Say) -> list[File]:
 
 
 def _matches(place: Place) -> dict[str, Info]:
-    place.fs.invalidate_cache()
     if has_magic(place.path):
-        found = {path: info for path, info in place.fs.glob(place.path, detail=True).items() if info["type"] == "file"}
+        found = place.matching()
         root = re.split(r"[^/]*[*?\[]", place.path, maxsplit=1)[0].rstrip("/")
     else:
         found = place.files()
         root = place.path
     return {
         path: info
-        for path, info in sorted(found.items())
+        for path, info in found.items()
         if not path.endswith("/") and not is_hidden(path.removeprefix(root).strip("/"))
     }
 

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,10 +15,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from airflow_provider_raylm.cluster.batch.asking import Ask
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.json_text import as_text, common_type
-from airflow_provider_raylm.cluster.batch.rows import Refusal, RowError, compile_step, shared_fields, values
+from airflow_provider_raylm.cluster.batch.recovery import Ask
+from airflow_provider_raylm.cluster.batch.rows import Content, Refusal, RowError, compile_step, shared_fields, values
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
 
@@ -60,7 +61,7 @@ class _Block:
 
 
 class BlockAnswerer:
-    """Answers blocks for one task; holds nothing between blocks, so threads may share it.
+    """Answers blocks for one task; holds nothing between blocks, so that they may go on side by side.
 
     Args:
         spec: the task.
@@ -78,17 +79,14 @@ class BlockAnswerer:
         self._preprocess = load_function("preprocess", spec.preprocess)
         self._postprocess = load_function("postprocess", spec.postprocess)
 
-    def answer(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
-        """Return (answered, failed) rows of *table*; together they are all of its rows."""
-        block = _Block(*values(table, self._columns(table)))
-        self._transform(block, self._preprocess)
+    async def answer(self, table: pa.Table, name: str) -> tuple[pa.Table, pa.Table]:
+        """Return (answered, failed) rows of *table*, the block of that name; together they are all of its rows."""
+        block = await asyncio.to_thread(self._begin, table)
+        # What later steps ask is answered best where the first one's keys and values are.
+        near = name if len(self._steps) > 1 else None
         for render, fields, column in self._steps:
-            try:
-                requests = block.apply(render)
-            except KeyError as error:
-                present = ", ".join(block.rows[block.live()[0]])
-                raise BatchError(f"preprocess: its row has no column {error}; it has {present}") from None
-            answers = self._ask(fields, list(requests.values())) if requests else []
+            requests = await asyncio.to_thread(self._render, block, render)
+            answers = await self._ask(fields, list(requests.values()), near) if requests else []
             for i, answer in zip(requests, answers, strict=True):
                 if isinstance(answer, Refusal):
                     block.failed[i] = answer
@@ -97,6 +95,21 @@ class BlockAnswerer:
                 block.prompt_tokens[i] += answer.prompt_tokens
                 block.completion_tokens[i] += answer.completion_tokens
                 block.finish_reasons[i] = answer.finish_reason
+        return await asyncio.to_thread(self._finish, table, block)
+
+    def _begin(self, table: pa.Table) -> _Block:
+        block = _Block(*values(table, self._columns(table)))
+        self._transform(block, self._preprocess)
+        return block
+
+    def _render(self, block: _Block, render: Callable[[dict[str, Any]], Content]) -> dict[int, Content]:
+        try:
+            return block.apply(render)
+        except KeyError as error:
+            present = ", ".join(block.rows[block.live()[0]])
+            raise BatchError(f"preprocess: its row has no column {error}; it has {present}") from None
+
+    def _finish(self, table: pa.Table, block: _Block) -> tuple[pa.Table, pa.Table]:
         self._transform(block, self._postprocess)
         return self._answered(table, block), _failed(table, block)
 

@@ -70,9 +70,29 @@ class Place:
         return str(self.fs.unstrip_protocol(self.path))
 
     def files(self) -> dict[str, Info]:
-        """Return what lies at or below the place: name to what the storage tells of it, in one listing."""
-        self.fs.invalidate_cache()
-        found = self.fs.find(self.path, detail=True)
+        """Return what lies at or below the place: name to what the storage tells of it, in one listing.
+
+        Raises:
+            BatchError: the storage refused; the text names the place.
+        """
+        return self._listed("find")
+
+    def matching(self) -> dict[str, Info]:
+        """Return the files that the place names as a glob, as ``files`` does."""
+        return self._listed("glob")
+
+    def _listed(self, how: str) -> dict[str, Info]:
+        try:
+            self.fs.invalidate_cache()
+            found = getattr(self.fs, how)(self.path, detail=True)
+        # Without credentials, or a way there, the libraries of object stores raise errors of their own.
+        except Exception as error:
+            if isinstance(error, BatchError):
+                raise
+            raise BatchError(
+                f"cannot list {self.uri}: {error}. Check the address, and the credentials that the cluster's nodes or "
+                "the task (storage_conn_id) have for it."
+            ) from error
         return {path: info for path, info in sorted(found.items()) if info.get("type", "file") == "file"}
 
     def below(self, name: str) -> Place:

@@ -16,6 +16,6 @@ with DAG("raylm_deferred", schedule=None, params={"tasks": Param(1, type="intege
             {"source": "in", "prompt": "${text}", "output": f"out-{number}"} for number in range(int(params["tasks"]))
         ]
 
-    BatchInferenceOperator.partial(task_id="wait", engine={**ENGINE, "lease": {}}, deferrable=True).expand(
-        batch=batches()
-    )
+    BatchInferenceOperator.partial(
+        task_id="wait", raylm_conn_id="raylm_deferred", engine={**ENGINE, "lease": {}}, deferrable=True
+    ).expand(batch=batches())

@@ -6,14 +6,19 @@ other use for it. Here the driver says what a replica asks of the cluster, and t
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.util.accelerators import accelerators
 
-from airflow_provider_raylm.cluster.batch.window import LEAST_BLOCKS_IN_FLIGHT
-from airflow_provider_raylm.cluster.resources import bundles
+from airflow_provider_raylm.cluster.batch.window import BUSY_BLOCKS
+from airflow_provider_raylm.cluster.engine.resources import bundles
+from airflow_provider_raylm.cluster.routing import RowsRouter
+from airflow_provider_raylm.cluster.surroundings import entered
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT
 from airflow_provider_raylm.specs import EngineSpec
@@ -27,16 +32,24 @@ SHUTDOWN_LOOK_S = 0.2
 HEALTH_CHECK_PERIOD_S = 2
 # By whether it has a GPU: an engine on CPUs answers late when the machine is busy; that is not ill health.
 _HANG_TIMEOUT_S = {True: 90.0, False: 360.0}
+# Seconds until Serve ends a replica that is to go, with what it still works on.
+SHUTDOWN_S = 20.0
+DRAIN_S = 3600.0
+# Of a GPU's memory; vLLM's own default, which it takes for a whole GPU.
+_MEMORY_SHARE = 0.92
 # Serve imports it in the replica.
-_SERVER = f"{__package__}.server.BlockLLMServer"
+_REPLICA = "airflow_provider_raylm.cluster.replica.server"
+_SERVER = f"{_REPLICA}.BlockLLMServer"
 
 
 def llm_deployment(spec: EngineSpec) -> Any:
     """Return the engine as a Serve application that is not deployed yet.
 
     Raises:
-        EngineError: the cluster lacks vLLM, or what Ray's part for it needs.
+        EngineError: the cluster lacks vLLM, or what Ray's part for it needs, or its Ray has no such accelerator.
     """
+    if spec.accelerator_type:
+        _require_known(spec.accelerator_type)
     missing = [module for module in ("vllm", "jsonref") if find_spec(module) is None]
     if missing:
         raise EngineError(
@@ -47,10 +60,16 @@ def llm_deployment(spec: EngineSpec) -> Any:
     if isinstance(spec.replicas, tuple):
         low, high = spec.replicas
         # In blocks; Ray's default for engines would never start a second replica.
-        scaling = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": LEAST_BLOCKS_IN_FLIGHT}
+        scaling = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": BUSY_BLOCKS}
         replicas = {"autoscaling_config": scaling}
+    around = entered()
+    env = {name: value for name, value in around.env_vars.items() if name not in spec.secret_env} | spec.env
+    if spec.gpus:
+        # Read by vLLM's engine process, a child of the replica: what each of its workers asks of its bundle. Ray only
+        # sets it for the task that makes vLLM's configuration, and refuses a whole GPU's worker in a part's bundle.
+        env["VLLM_RAY_PER_WORKER_GPUS"] = str(spec.gpus)
     # The job's, so that the replica finds this package; but not its variables, which carry the request.
-    runtime_env = {**ray.get_runtime_context().runtime_env, "env_vars": dict(spec.env)}
+    runtime_env = {**ray.get_runtime_context().runtime_env, "env_vars": env}
     deployment = serve.deployment(
         name=ENGINE_DEPLOYMENT,
         max_ongoing_requests=spec.max_ongoing_requests,
@@ -61,12 +80,22 @@ def llm_deployment(spec: EngineSpec) -> Any:
         max_constructor_retry_count=1,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         # Serve gives a replica up after three checks without an answer.
-        health_check_timeout_s=(spec.hang_timeout or _HANG_TIMEOUT_S[spec.gpus > 0]) / 3,
-        graceful_shutdown_timeout_s=20,
+        health_check_timeout_s=hang_timeout(spec) / 3,
+        # Only an engine that autoscales loses replicas that are well: what they work on may take its time. A replica
+        # that is not well, or whose engine is deleted, gives its rows up by itself, so that nothing waits for this.
+        graceful_shutdown_timeout_s=DRAIN_S if isinstance(spec.replicas, tuple) else SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=SHUTDOWN_LOOK_S,
+        request_router_config=RequestRouterConfig(request_router_class=RowsRouter),
         **replicas,
     )
-    return deployment(_SERVER).bind(spec.model_dump(mode="json"))
+    secrets = {name: file for name, file in around.secret_env.items() if name not in env}
+    loaded = spec.model_copy(update={"secret_env": {**secrets, **spec.secret_env}})
+    return deployment(_SERVER).bind(loaded.model_dump(mode="json"))
+
+
+def hang_timeout(spec: EngineSpec) -> float:
+    """Return the seconds without a sign of life after which a replica is replaced."""
+    return spec.hang_timeout or _HANG_TIMEOUT_S[spec.gpus > 0]
 
 
 def llm_config(spec: EngineSpec) -> Any:
@@ -88,6 +117,8 @@ def llm_config(spec: EngineSpec) -> Any:
             # Ray starts every engine with vLLM's sizes for an API server; this one only does batch work.
             "performance_mode": "throughput",
             "disable_log_stats": not spec.log_engine_metrics,
+            # vLLM would take a whole GPU's memory, and the next engine on it would not start.
+            **({"gpu_memory_utilization": round(_MEMORY_SHARE * spec.gpus, 4)} if 0 < spec.gpus < 1 else {}),
             **spec.engine_kwargs,
             "tensor_parallel_size": spec.tensor_parallel_size,
             "pipeline_parallel_size": spec.pipeline_parallel_size,
@@ -98,6 +129,29 @@ def llm_config(spec: EngineSpec) -> Any:
         # The replica's own CPUs are in the first of these bundles, too: resources.bundles says all.
         placement_group_config={"bundle_per_worker": {"GPU": spec.gpus}} if spec.gpus else {"bundles": [{"CPU": 0}]},
         deployment_config={"ray_actor_options": {"num_cpus": spec.cpus}},
-        callback_config={"callback_class": f"{__package__}.server.NodeStart", "callback_kwargs": at_start},
+        callback_config={"callback_class": f"{_REPLICA}.NodeStart", "callback_kwargs": at_start},
         log_engine_metrics=spec.log_engine_metrics,
+    )
+
+
+def _require_known(accelerator_type: str) -> None:
+    """Look the name up among those that the cluster's Ray gives to nodes with such GPUs.
+
+    Raises:
+        EngineError: it is none; the text has the nearest.
+    """
+    # Ray's engines on TPUs are another kind, which has no GPUs.
+    known = {name for constant, name in vars(accelerators).items() if not constant.startswith(("_", "GOOGLE_TPU"))}
+    if accelerator_type in known:
+        return
+    by_lower = {name.lower(): name for name in sorted(known)}
+    meant = accelerator_type.lower()
+    near = [name for name in by_lower if name in meant or meant in name] or get_close_matches(meant, by_lower)
+    raise EngineError(
+        f"accelerator_type {accelerator_type!r}: Ray {ray.__version__} has no such accelerator. "
+        + (
+            f"Is it {' or '.join(by_lower[name] for name in near)}?"
+            if near
+            else f"It knows {', '.join(sorted(known))}."
+        )
     )

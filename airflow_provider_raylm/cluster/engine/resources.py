@@ -6,6 +6,10 @@ from airflow_provider_raylm.specs import EngineSpec
 
 Bundle = dict[str, float]
 
+# Ray counts resources in ten-thousandths; a sum of such in floats may be a little more, and a quotient a little less.
+_DIGITS = 4
+_ROUNDING = 1e-9
+
 
 def bundles(spec: EngineSpec) -> list[Bundle]:
     """Return what one replica asks of the cluster.
@@ -18,7 +22,7 @@ def bundles(spec: EngineSpec) -> list[Bundle]:
     worker: Bundle = {"GPU": spec.gpus}
     if spec.accelerator_type:
         worker[f"accelerator_type:{spec.accelerator_type}"] = 0.001
-    workers = [dict(worker) for _ in range(spec.tensor_parallel_size * spec.pipeline_parallel_size)]
+    workers = [dict(worker) for _ in range(spec.workers)]
     workers[0]["CPU"] = spec.cpus
     return workers
 
@@ -39,11 +43,15 @@ def shortage(spec: EngineSpec, nodes: list[Bundle]) -> str | None:
         for bundle in bundles(spec)
         if not any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes)
     ]
-    if not lacking and not homeless:
+    # Ray never puts a fraction together from two GPUs, so that 0.6 leaves 0.4 that nobody like it can use.
+    on_one = int(1 / spec.gpus + _ROUNDING) if 0 < spec.gpus < 1 else 1
+    crowded = 0 < spec.gpus < 1 and int(there.get("GPU", 0.0)) * on_one < len(asked)
+    if not lacking and not homeless and not crowded:
         return None
     return (
         f"The engine asks for {show(total(asked))}"
         + (f" in {len(asked)} parts of {show(asked[0])}" if len(asked) > 1 else "")
+        + (f", {on_one} of which fit{'s' * (on_one == 1)} on a GPU" if crowded else "")
         + f"; the cluster has {show(there)} in total"
         + (f", its nodes {'; '.join(show(node) for node in nodes)}" if len(nodes) > 1 else "")
         + ". Ask for less (gpus, cpus, accelerator_type, tensor_parallel_size, replicas), or add nodes; on a cluster "
@@ -56,7 +64,7 @@ def total(parts: list[Bundle]) -> Bundle:
     summed: Bundle = {}
     for part in parts:
         for name, amount in part.items():
-            summed[name] = summed.get(name, 0.0) + amount
+            summed[name] = round(summed.get(name, 0.0) + amount, _DIGITS)
     return summed
 
 

@@ -6,13 +6,13 @@ in the same application, without a CPU of its own, so that the engine's end neve
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Collection
 from typing import Any
 
 from ray import serve
 
+from airflow_provider_raylm.cluster.periodic import Periodic
 from airflow_provider_raylm.specs import BatchReport, EngineSeconds, EngineUsage, Labels, Lease
 
 CHECK_PERIOD_S = 5.0
@@ -67,7 +67,7 @@ class LeaseKeeper:
         labels: the owner, as JSON values.
         bounds: the lease, as JSON values.
         deployed_at: Unix seconds; an argument, so that a restarted replica does not begin a new life.
-        idle_from: Unix seconds from which idleness counts, until somebody renews.
+        idle_from: Unix seconds from which idleness counts at the earliest, until somebody renews.
         engine: the engine's handle; binding it makes the engine part of this application.
     """
 
@@ -84,31 +84,34 @@ class LeaseKeeper:
         self._labels = Labels.model_validate(labels)
         self._bounds = Lease.model_validate(bounds)
         self._deployed_at = deployed_at
-        self._renewed_at = idle_from
-        self._working: dict[str, float] = {}
+        # One that Serve has restarted does not know when it was renewed last.
+        self._renewed_at = max(idle_from, time.time())
+        self._working: dict[tuple[str, str], float] = {}
         self._usage = EngineUsage()
         self._sheet = TimeSheet(deployed_at)
-        threading.Thread(target=self._delete_when_over, name="raylm-lease", daemon=True).start()
+        self._said: str | None = None
+        self._watch = Periodic("raylm-lease", "deleting the engine", CHECK_PERIOD_S, self._delete_if_over, _say)
 
     async def reconfigure(self, _ref: dict[str, Any]) -> None:
         """Take the engine's reference, which Serve shows to whoever looks for the engine, and do nothing with it."""
 
-    async def renew(self, output: str | None = None) -> None:
-        """Begin the idle time anew; if *output* is given, the task that writes it is working.
+    async def renew(self, output: str | None = None, attempt: str = "") -> list[str]:
+        """Begin the idle time anew, and return the outputs of the tasks that work; *output*'s is one of them.
 
-        The first to call is the deploy, when the engine is up.
+        The first to call is the deploy, when the engine is up. A task's attempts have names of their own.
         """
         self._renewed_at = time.time()
         self._sheet.advance(self._renewed_at, self._at_work(self._renewed_at))
         self._sheet.up()
         if output is not None:
-            self._working[output] = self._renewed_at
+            self._working[output, attempt] = self._renewed_at
+        return self._at_work(self._renewed_at)
 
-    async def release(self, output: str) -> None:
-        """Say that it is not any more."""
+    async def release(self, output: str, attempt: str = "") -> None:
+        """Say that this attempt is not at work any more."""
         self._renewed_at = time.time()
         self._sheet.advance(self._renewed_at, self._at_work(self._renewed_at))
-        self._working.pop(output, None)
+        self._working.pop((output, attempt), None)
 
     async def record(self, report: dict[str, Any]) -> None:
         """Add a finished task's report to the engine's usage."""
@@ -129,12 +132,21 @@ class LeaseKeeper:
         }
 
     def _at_work(self, now: float) -> list[str]:
-        return [output for output, renewed_at in self._working.items() if now - renewed_at < WORKING_S]
+        working = (output for (output, _), renewed_at in self._working.items() if now - renewed_at < WORKING_S)
+        return list(dict.fromkeys(working))
 
-    def _delete_when_over(self) -> None:
-        while True:
-            time.sleep(CHECK_PERIOD_S)
-            reason = expiry(self._bounds, self._deployed_at, self._renewed_at, time.time())
-            if reason:
-                print(f"raylm: deleting {self._application}: {reason}", flush=True)
-                serve.delete(self._application, _blocking=False)
+    def _delete_if_over(self) -> None:
+        """Ask for the deletion as often as it takes: this process ends with the application."""
+        now = time.time()
+        # A task renews every ten seconds, which an idle_timeout may be shorter than.
+        renewed_at = now if self._at_work(now) else self._renewed_at
+        reason = expiry(self._bounds, self._deployed_at, renewed_at, now)
+        if reason is not None and reason != self._said:
+            _say(f"deleting {self._application}: {reason}")
+        self._said = reason
+        if reason is not None:
+            serve.delete(self._application, _blocking=False)
+
+
+def _say(line: str) -> None:
+    print(f"raylm: {line}", flush=True)

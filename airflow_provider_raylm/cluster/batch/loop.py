@@ -1,0 +1,65 @@
+"""Between code that waits for the engine, in a loop of its own, and code that works in threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+# Row functions may wait for what they look up, and parts for an object store.
+THREADS = 32
+_END = object()
+
+Item = TypeVar("Item")
+
+
+def drained(generator: Callable[[], AsyncGenerator[Item]]) -> Generator[Item]:
+    """Yield what an asynchronous generator yields; it runs on in a loop and thread of its own, asked or not.
+
+    When this is closed, that one is, too, and its end is waited for.
+    """
+    results: SimpleQueue[Any] = SimpleQueue()
+    running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = Future()
+    errors: list[BaseException] = []
+
+    async def pump() -> None:
+        async with aclosing(generator()) as found:
+            async for one in found:
+                results.put(one)
+
+    def run() -> None:
+        try:
+            with asyncio.Runner() as runner:
+                loop = runner.get_loop()
+                loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="raylm-block"))
+                task = loop.create_task(pump())
+                running.set_result((loop, task))
+                loop.run_until_complete(task)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            results.put(_END)
+
+    thread = Thread(target=run, name="raylm-stage", daemon=True)
+    thread.start()
+    loop, task = running.result()
+    try:
+        while (one := results.get()) is not _END:
+            yield one
+        if errors:
+            raise errors[0]
+    finally:
+        with suppress(RuntimeError):
+            # If it has ended, so has its loop.
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+
+
+async def in_threads(items: Iterator[Item]) -> AsyncGenerator[Item]:
+    """Yield what an iterator yields, while it is free to wait for files."""
+    while (item := await asyncio.to_thread(next, items, _END)) is not _END:
+        yield item  # type: ignore[misc]  # mypy does not know that _END is no Item

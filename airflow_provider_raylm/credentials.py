@@ -1,0 +1,140 @@
+"""From Airflow connections to options of fsspec's file systems, which a job takes over to reach source and output.
+
+Read from the connections' fields alone: no provider of Amazon, Google or Microsoft has to be installed. What a field
+says that is not honoured here is refused: a job would reach another storage, or none, in the middle of the night.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import BaseHook, Connection
+
+from airflow_provider_raylm.errors import SpecError
+
+Options = dict[str, Any]
+
+
+def storage_of(conn_ids: str | Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return fsspec's options by protocol.
+
+    Args:
+        conn_ids: Airflow connections, of different kinds.
+        options: by protocol; they go over what the connections say.
+
+    Raises:
+        SpecError: a connection of another kind, two of one kind, or a field that is not honoured.
+    """
+    found: dict[str, Options] = {}
+    for conn_id in [conn_ids] if isinstance(conn_ids, str) else conn_ids:
+        connection = BaseHook.get_connection(conn_id)
+        kind = connection.conn_type or ""
+        if kind not in _KINDS:
+            raise SpecError(
+                f"storage_conn_id: {conn_id!r} is a connection of type {kind!r}; those to storage are "
+                f"{', '.join(_KINDS)}. For another, give storage_options."
+            )
+        protocols, read = _KINDS[kind]
+        if protocols[0] in found:
+            raise SpecError(f"storage_conn_id: {conn_id!r} is a second connection for {protocols[0]}://; give one.")
+        found |= dict.fromkeys(protocols, read(connection))
+    for protocol, own in options.items():
+        found[protocol] = {**found.get(protocol, {}), **own}
+    return found
+
+
+def check_options(options: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    """Return the options if a job can take them over.
+
+    Raises:
+        SpecError: they are not by protocol, or no JSON.
+    """
+    for protocol, own in options.items():
+        if not isinstance(own, Mapping):
+            raise SpecError(
+                f"storage_options.{protocol}: expected a protocol with its options, such as "
+                '{"s3": {"endpoint_url": "https://..."}}'
+            )
+        try:
+            json.dumps(dict(own))
+        except TypeError:
+            raise SpecError(f"storage_options.{protocol}: only JSON values travel to the cluster") from None
+    return options
+
+
+def _aws(connection: Connection) -> Options:
+    extra = _extra(connection, {"aws_session_token", "region_name", "endpoint_url", "service_config", "verify"})
+    service = extra.get("service_config") or {}
+    _only(connection, "extra.service_config", service, {"s3"})
+    s3 = service.get("s3") or {}
+    _only(connection, "extra.service_config.s3", s3, {"endpoint_url", "bucket_name"})
+    client = {"region_name": extra.get("region_name"), "verify": extra.get("verify")}
+    return _given(
+        key=connection.login,
+        secret=connection.password,
+        token=extra.get("aws_session_token"),
+        endpoint_url=s3.get("endpoint_url") or extra.get("endpoint_url"),
+        client_kwargs=_given(**client),
+    )
+
+
+def _google(connection: Connection) -> Options:
+    # The form always has num_retries, which is of Airflow's own calls.
+    extra = _extra(connection, {"project", "keyfile_dict", "key_path", "num_retries"})
+    key = extra.get("keyfile_dict")
+    if extra.get("key_path"):
+        try:
+            key = Path(extra["key_path"]).read_text()
+        except OSError as error:
+            raise SpecError(f"storage_conn_id: {connection.conn_id!r}: extra.key_path: {error}") from None
+    return _given(project=extra.get("project"), token=json.loads(key) if isinstance(key, str) and key else key)
+
+
+def _azure(connection: Connection) -> Options:
+    extra = _extra(connection, {"connection_string", "sas_token", "tenant_id", "account_name"})
+    # With a tenant, login and password are an application's, and the account is the host's first part.
+    account = extra.get("account_name") or (connection.host or "").removeprefix("https://").partition(".")[0]
+    if extra.get("tenant_id"):
+        return _given(
+            account_name=account,
+            tenant_id=extra["tenant_id"],
+            client_id=connection.login,
+            client_secret=connection.password,
+        )
+    return _given(
+        account_name=account or connection.login,
+        account_key=connection.password,
+        connection_string=extra.get("connection_string"),
+        sas_token=extra.get("sas_token"),
+    )
+
+
+_KINDS: Mapping[str, tuple[tuple[str, ...], Callable[[Connection], Options]]] = {
+    "aws": (("s3", "s3a"), _aws),
+    "google_cloud_platform": (("gs", "gcs"), _google),
+    "wasb": (("abfs", "abfss", "az"), _azure),
+    "adls": (("abfs", "abfss", "az"), _azure),
+}
+
+
+def _extra(connection: Connection, known: set[str]) -> dict[str, Any]:
+    # The form stores a field that was left empty as null or as nothing.
+    given = {name: value for name, value in connection.extra_dejson.items() if value not in (None, "", {})}
+    _only(connection, "extra", given, known)
+    return given
+
+
+def _only(connection: Connection, where: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise SpecError(
+                f"storage_conn_id: {connection.conn_id!r}: {where}.{name} is not honoured; known are "
+                f"{', '.join(sorted(known))}. Give the job credentials of its own, or the cluster's nodes an identity."
+            )
+
+
+def _given(**options: Any) -> Options:
+    return {name: value for name, value in options.items() if value not in (None, "", {})}

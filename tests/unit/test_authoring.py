@@ -1,0 +1,318 @@
+"""A dozen lines of DAG: which tasks there are, in which order, and what cannot be written."""
+
+import os
+from datetime import timedelta
+
+import pytest
+from airflow.dag_processing.bundles.manager import DagBundlesManager
+from airflow.sdk import DAG, literal, setup, task, task_group, teardown
+
+from airflow_provider_raylm.authoring import shared_engine
+from airflow_provider_raylm.errors import EngineError, EngineGone, SpecError
+from airflow_provider_raylm.operators.raylm import (
+    BatchInferenceOperator,
+    DeployEngineOperator,
+    TeardownEngineOperator,
+    installation,
+)
+from airflow_provider_raylm.testing import FakeRayJobs
+from tests.airflows import DagBag, sync_bag_to_db
+
+BATCH = {"source": "s3://in", "prompt": "${text}", "output": "s3://out/a"}
+MAPPED = {**BATCH, "output": "s3://out/b"}
+
+
+def infer(engine, task_id):
+    return engine.infer(task_id, source="s3://in", prompt="${text}", output=f"s3://out/{task_id}")
+
+
+def before(dag, task_id):
+    """Return the ids of all tasks that have to be over before that one."""
+    return {one.task_id for one in dag.task_dict[task_id].get_flat_relatives(upstream=True)}
+
+
+def run(dag, fake):
+    # As the DAG processor does with what it finds in a file.
+    DagBundlesManager().sync_bundles_to_db()
+    bag = DagBag(os.devnull)
+    bag.dags[dag.dag_id] = dag
+    sync_bag_to_db(bag, "dags-folder", None)
+    with fake.installed():
+        return {ti.task_id: str(ti.state) for ti in dag.test().get_task_instances()}
+
+
+def test_two_engines_at_a_time(airflow_db):
+    """Each is up before its tasks, and goes after them."""
+    with DAG("two", schedule=None) as dag:
+        with shared_engine("a", model="m") as a, shared_engine("b", model="m") as b:
+            infer(a, "on_a")
+            infer(b, "on_b")
+    fake = FakeRayJobs()
+
+    dag.check_cycle()
+    assert {"deploy_a", "on_a"} <= before(dag, "teardown_a")
+    assert {"deploy_b", "on_b"} <= before(dag, "teardown_b")
+    assert set(run(dag, fake).values()) == {"success"}
+    assert (fake.deployed, fake.engines) == (["a", "b"], {})
+
+
+def test_an_engine_within_an_engine():
+    """And a task before and after it."""
+    with DAG("nested", schedule=None) as dag, shared_engine("a", model="m") as a:
+        infer(a, "first")
+        with shared_engine("b", model="m") as b:
+            infer(b, "second")
+        infer(a, "third")
+
+    dag.check_cycle()
+    assert before(dag, "teardown_a") >= {"first", "second", "third", "teardown_b"}
+    assert before(dag, "teardown_b") >= {"second"}
+    assert "deploy_b" not in before(dag, "third")
+
+
+def test_an_engine_within_somebody_elses_setup():
+    with DAG("setup", schedule=None) as dag:
+
+        @setup
+        def make():
+            pass
+
+        @teardown
+        def unmake():
+            pass
+
+        made, unmade = make(), unmake()
+        with unmade.as_teardown(setups=made), shared_engine("a", model="m") as a:
+            infer(a, "on_a")
+
+    dag.check_cycle()
+    assert "make" in before(dag, "deploy_a")
+    assert {"on_a", "teardown_a"} <= before(dag, "unmake")
+
+
+def test_mapped_tasks_are_inside_too():
+    """Also those that do not name the engine: Airflow's own context leaves them out."""
+    with DAG("mapped", schedule=None) as dag:
+
+        @task
+        def numbers():
+            return [1, 2]
+
+        @task
+        def use(n):
+            return n
+
+        some = numbers()
+        with shared_engine("a", model="m"):
+            use.expand(n=some)
+
+            @task_group
+            def group(n):
+                use(n)
+
+            group.expand(n=some)
+
+    for task_id in ("use", "group.use"):
+        assert "deploy_a" in before(dag, task_id)
+        assert task_id in before(dag, "teardown_a")
+    assert "numbers" not in before(dag, "deploy_a")
+
+
+def test_equal_names_in_two_groups_are_refused():
+    """They would be one engine."""
+    with DAG("groups", schedule=None):
+
+        @task_group
+        def one():
+            with shared_engine("a", model="m") as engine:
+                infer(engine, "x")
+
+        @task_group
+        def other():
+            with shared_engine("a", model="m") as engine:
+                infer(engine, "x")
+
+        one()
+        with pytest.raises(SpecError, match=r"other.deploy_a: one.deploy_a deploys an engine named 'a' already"):
+            other()
+
+
+def test_each_instance_of_a_mapped_group_has_its_engine(airflow_db):
+    """And takes only that one down."""
+    with DAG("each", schedule=None) as dag:
+
+        @task_group
+        def group(source):
+            with shared_engine("a", model="m") as engine:
+                engine.infer("x", source=source, prompt="${text}", output="s3://out/{{ ti.map_index }}")
+
+        group.expand(source=["s3://in/1", "s3://in/2"])
+    fake = FakeRayJobs()
+
+    assert set(run(dag, fake).values()) == {"success"}
+    assert fake.deployed == ["a", "a"]
+    assert len({request.payload["application"] for request in fake.submitted if request.verb == "teardown"}) == 2
+    assert fake.engines == {}
+
+
+def test_all_tasks_of_an_engine_have_its_connection():
+    """Given to the engine or to the DAG; those made by hand, mapped and decorated ones too."""
+    with DAG("c", schedule=None, default_args={"raylm_conn_id": "of_the_dag"}) as dag:
+        with shared_engine("a", model="m") as a:
+            infer(a, "x")
+        with shared_engine("b", model="m", raylm_conn_id="other") as b:
+            infer(b, "y")
+            BatchInferenceOperator(task_id="hand", engine=b.ref, batch=BATCH)
+            BatchInferenceOperator.partial(task_id="mapped", engine=b.ref).expand(batch=[MAPPED])
+
+            @task.raylm(engine=b.ref, batch={"prompt": "${text}"})
+            def decorated():
+                return {}
+
+            decorated()
+            infer(b, "own").raylm_conn_id = "own"
+
+    found = {one.task_id: getattr(one, "raylm_conn_id", None) for one in dag.tasks}
+    assert [found[name] for name in ("deploy_a", "x", "teardown_a")] == ["of_the_dag"] * 3
+    assert [found[name] for name in ("deploy_b", "y", "hand", "decorated", "teardown_b")] == ["other"] * 5
+    mapped = dag.task_dict["mapped"]
+    assert mapped.unmap({"batch": MAPPED}).raylm_conn_id == "other"
+
+
+def test_the_generated_tasks_take_arguments():
+    """Beside those of the DAG; a teardown is tried again unless somebody says otherwise."""
+    with DAG("args", schedule=None) as dag:
+        with shared_engine("a", model="m", deploy_args={"retries": 5}, teardown_args={"on_busy": "delete"}) as engine:
+            infer(engine, "x")
+    with DAG("args_of_the_dag", schedule=None, default_args={"retries": 7}) as of_the_dag:
+        with shared_engine("a", model="m", teardown_args={"pool": "p"}) as engine_of_the_dag:
+            infer(engine_of_the_dag, "x")
+
+    assert (dag.task_dict["deploy_a"].retries, engine.teardown.retries, engine.teardown.on_busy) == (5, 2, "delete")
+    assert (of_the_dag.task_dict["teardown_a"].retries, engine_of_the_dag.teardown.pool) == (7, "p")
+
+
+@pytest.mark.parametrize("name", ["misspelt", "not a name", "raylm/x"])
+def test_a_teardown_of_what_nobody_deploys_is_no_success(airflow_db, name):
+    """It would leave the engine; a name that cannot be one is refused when the DAG is parsed."""
+    with DAG("misspelt", schedule=None) as dag:
+        deploy = DeployEngineOperator(task_id="deploy", engine={"name": "spelt", "model": "m"})
+        if name != "misspelt":
+            with pytest.raises(SpecError, match=r"EngineSpec\.name"):
+                TeardownEngineOperator(task_id="teardown", engine=name)
+            return
+        deploy >> TeardownEngineOperator(task_id="teardown", engine=name, retries=0)
+    fake = FakeRayJobs()
+
+    assert run(dag, fake)["teardown"] == "failed"
+    assert [spec.name for spec in fake.engines.values()] == ["spelt"]
+
+
+def test_a_teardown_by_name_goes_by_what_the_deploy_has_said(airflow_db, monkeypatch):
+    """Also when this Airflow is called otherwise by now."""
+    with DAG("renamed", schedule=None) as dag, shared_engine("a", model="m"):
+
+        @task
+        def rename():
+            monkeypatch.setenv("AIRFLOW__RAYLM__INSTALLATION", "renamed")
+
+        rename()
+    fake = FakeRayJobs()
+
+    assert set(run(dag, fake).values()) == {"success"}
+    assert fake.engines == {}
+
+
+def test_an_airflow_without_a_name_deploys_and_sweeps_nothing(monkeypatch):
+    """It would take another's engines for its own."""
+    monkeypatch.delenv("AIRFLOW__RAYLM__INSTALLATION")
+    with pytest.raises(SpecError, match=r"no name .* Set AIRFLOW__RAYLM__INSTALLATION"):
+        installation()
+    fake = FakeRayJobs()
+    with fake.installed():
+        assert installation() == "fake"
+    monkeypatch.setenv("AIRFLOW__API__BASE_URL", "https://airflow.example")
+    assert installation() == "https://airflow.example"
+
+
+def test_a_run_that_is_cleared_meets_the_same_job(airflow_db):
+    """The deploy task finds the engine that it has brought up: its output differs, and the job is the same."""
+    with DAG("cleared", schedule=None):
+        infer = BatchInferenceOperator(task_id="x", engine="{{ params.engine }}", batch=BATCH)
+    ref = {"application": "raylm-a-1", "deployment": "engine", "model": "m", "fingerprint": "f"}
+    ref |= {"labels": {"installation": "i", "dag_id": "d", "run_id": "r", "engine": "a"}, "lease": {}}
+    payloads = []
+    for differing in (
+        {"adopted": False, "deploy_seconds": 61.5, "dashboard_url": "http://ray:8265", "deployed_at": 1.8e9},
+        {"adopted": True, "deploy_seconds": 0.4, "dashboard_url": "http://10.0.0.1:8265"},
+    ):
+        infer.engine = {**ref, **differing}
+        payloads.append(infer.command({}).payload)
+
+    assert payloads[0] == payloads[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"prompt": "Sum up {# shortly #}: ${text}"},
+            r"prompt: what stands between \{# and #\} is a comment",
+        ),
+        ({"prompt": 'Answer as {{"label": "x"}}: ${text}'}, r"BatchSpec\.prompt: Jinja cannot read it"),
+        ({"messages": [{"role": "user", "content": "100{% of ${text}"}]}, r"BatchSpec\.messages\.0\.content: Jinja"),
+    ],
+)
+def test_text_that_jinja_would_eat_is_refused(fields, words):
+    """When the DAG is parsed; with what to write instead."""
+    with DAG("jinja", schedule=None), shared_engine("a", model="m") as engine:
+        with pytest.raises(SpecError, match=words + r".*airflow\.sdk\.literal"):
+            engine.infer("x", source="s3://in", output="s3://out/x", **fields)
+
+
+def test_text_that_is_no_template_comes_through(airflow_db):
+    """As a literal, or marked in Jinja's own way; what a row's column is put into is none."""
+    odd = 'Answer as {{"label": "x"}} {# so #}: ${text}'
+    with DAG("literal", schedule=None) as dag, shared_engine("a", model="m") as engine:
+        for name, prompt in (("l", literal(odd)), ("r", f"{{% raw %}}{odd}{{% endraw %}}"), ("p", "{ ${text} } { {")):
+            engine.infer(name, source="s3://in", prompt=prompt, output=f"s3://out/{name}")
+    fake = FakeRayJobs()
+
+    assert set(run(dag, fake).values()) == {"success"}
+    assert [fake.batches[name].prompt for name in "lrp"] == [odd, odd, "{ ${text} } { {"]
+
+
+def test_two_tasks_of_one_output_are_refused():
+    """As far as it is known when the DAG is parsed."""
+    with DAG("outputs", schedule=None), shared_engine("a", model="m") as engine:
+        batch = {"source": "s3://in", "prompt": "${text}"}
+        engine.infer("x", output="s3://out/x", **batch)
+        with pytest.raises(SpecError, match=r"batch\.output: s3://out/x is the output of x, too"):
+            engine.infer("y", output="s3://out/x/", **batch)
+        engine.infer("z1", output="s3://out/{{ ds }}", **batch)
+        engine.infer("z2", output="s3://out/{{ ds }}", **batch)
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+@pytest.mark.parametrize(
+    ("error", "redeploy", "attempts"),
+    [
+        (SpecError("bad"), False, 1),
+        (EngineGone("gone. Clear the deploy task"), False, 1),
+        (EngineGone("gone. Clear the deploy task"), True, 2),
+        (EngineError("a call failed"), False, 2),
+    ],
+)
+def test_what_fails_again_is_not_tried_again(airflow_db, deferrable, error, redeploy, attempts):
+    """An engine may hold a GPU meanwhile."""
+    with DAG(f"again_{deferrable}_{redeploy}_{type(error).__name__}", schedule=None) as dag:
+        with shared_engine("a", model="m", redeploy=redeploy) as engine:
+            arguments = {"retries": 1, "retry_delay": timedelta(0), "deferrable": deferrable}
+            engine.infer("x", source="s3://in", prompt="${text}", output="s3://out/x", **arguments)
+    fake = FakeRayJobs()
+    fake.fail("x", error)
+    found = run(dag, fake)
+
+    assert found["x"] == ("success" if attempts == 2 else "failed")
+    assert sum(request.verb == "infer" for request in fake.submitted) == attempts
+    assert fake.engines == {}

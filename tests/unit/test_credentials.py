@@ -1,0 +1,156 @@
+"""Credentials for the storage: from Airflow's connections to fsspec's options, and to the job."""
+
+import json
+
+import pytest
+from airflow.sdk import DAG
+
+from airflow_provider_raylm.authoring import shared_engine
+from airflow_provider_raylm.credentials import storage_of
+from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.testing import FakeRayJobs
+from airflow_provider_raylm.wire import handed, taken
+from tests.unit.test_authoring import run
+
+
+@pytest.fixture
+def connect(monkeypatch):
+    def connect(name, **fields):
+        monkeypatch.setenv(f"AIRFLOW_CONN_{name.upper()}", json.dumps(fields))
+        return name
+
+    return connect
+
+
+AWS = {"conn_type": "aws", "login": "AKIA", "password": "s3cr3t"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "protocols", "options"),
+    [
+        (AWS, "s3 s3a", {"key": "AKIA", "secret": "s3cr3t"}),
+        ({"conn_type": "aws"}, "s3 s3a", {}),
+        (
+            {
+                **AWS,
+                "extra": {
+                    "aws_session_token": "t",
+                    "region_name": "eu-west-1",
+                    "service_config": {"s3": {"endpoint_url": "http://minio:9000"}},
+                },
+            },
+            "s3 s3a",
+            {
+                "key": "AKIA",
+                "secret": "s3cr3t",
+                "token": "t",
+                "endpoint_url": "http://minio:9000",
+                "client_kwargs": {"region_name": "eu-west-1"},
+            },
+        ),
+        (
+            {"conn_type": "google_cloud_platform", "extra": {"project": "p", "keyfile_dict": '{"private_key": "k"}'}},
+            "gs gcs",
+            {"project": "p", "token": {"private_key": "k"}},
+        ),
+        (
+            {"conn_type": "wasb", "login": "account", "password": "k"},
+            "abfs abfss az",
+            {"account_name": "account", "account_key": "k"},
+        ),
+        (
+            {
+                "conn_type": "adls",
+                "host": "https://account.blob.core.windows.net",
+                "login": "app",
+                "password": "s",
+                "extra": {"tenant_id": "t"},
+            },
+            "abfs abfss az",
+            {"account_name": "account", "tenant_id": "t", "client_id": "app", "client_secret": "s"},
+        ),
+    ],
+)
+def test_a_connection_becomes_options(connect, fields, protocols, options):
+    """For all names of its protocol."""
+    connect("store", **fields)
+    assert storage_of("store", {}) == dict.fromkeys(protocols.split(), options)
+
+
+def test_a_key_file_is_read_on_the_worker(connect, tmp_path):
+    """The cluster has no such file."""
+    (tmp_path / "key.json").write_text('{"private_key": "k"}')
+    connect("store", conn_type="google_cloud_platform", extra={"key_path": str(tmp_path / "key.json")})
+
+    assert storage_of(["store"], {})["gs"] == {"token": {"private_key": "k"}}
+
+
+def test_options_go_over_a_connection(connect):
+    """Of several kinds of storage, each its own."""
+    connect("in", **AWS)
+    connect("out", conn_type="wasb", login="account", password="k")
+    found = storage_of(["in", "out"], {"s3": {"secret": "other"}, "http": {"client_kwargs": {}}})
+
+    assert found["s3"] == {"key": "AKIA", "secret": "other"}
+    assert set(found) == {"s3", "s3a", "abfs", "abfss", "az", "http"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"conn_type": "ssh"}, "'store' is a connection of type 'ssh'; those to storage are aws, google_cloud"),
+        ({**AWS, "extra": {"role_arn": "r"}}, r"'store': extra\.role_arn is not honoured; known are aws_session_token"),
+        ({**AWS, "extra": {"service_config": {"sts": {}}}}, r"extra\.service_config\.sts is not honoured"),
+        ({"conn_type": "google_cloud_platform", "extra": {"key_path": "/none"}}, r"extra\.key_path: .*No such file"),
+        ({"conn_type": "wasb", "extra": {"workload_identity_tenant_id": "x"}}, "workload_identity_tenant_id is not"),
+    ],
+)
+def test_what_a_connection_says_is_honoured_or_refused(connect, fields, words):
+    """By name; no value is shown."""
+    connect("store", **fields)
+    with pytest.raises(SpecError, match=words) as refused:
+        storage_of("store", {})
+    assert "s3cr3t" not in str(refused.value)
+
+
+def test_two_connections_of_one_kind(connect):
+    """A process has one identity for each."""
+    connect("a", **AWS)
+    connect("b", **AWS)
+    with pytest.raises(SpecError, match="'b' is a second connection for s3://"):
+        storage_of(["a", "b"], {})
+
+
+BATCH = {"source": "s3://in", "prompt": "${text}"}
+
+
+def test_tasks_hand_them_to_their_own_jobs(airflow_db, connect):
+    """And to nobody else: not to the engine's, and not in what they say of themselves."""
+    connect("store", **AWS)
+    fake = FakeRayJobs()
+    with DAG("handed", schedule=None) as dag:
+        with shared_engine("e", model="m", storage_conn_id="{{ 'store' }}") as engine:
+            engine.infer("one", output="s3://out/one", **BATCH)
+            engine.infer("two", output="s3://out/two", storage_options={"s3": {"anon": True}}, **BATCH)
+            engine.infer("none", output="s3://out/none", storage_conn_id=(), **BATCH)
+    assert set(run(dag, fake).values()) == {"success"}
+    seen = {request.metadata["task_id"]: request.storage.get("s3") for request in fake.submitted}
+
+    own = {"key": "AKIA", "secret": "s3cr3t"}
+    assert seen == {"deploy_e": None, "one": own, "two": {**own, "anon": True}, "none": None, "teardown_e": None}
+    assert not any("s3cr3t" in request.wire() + repr(request) for request in fake.submitted)
+
+
+def test_options_that_cannot_travel():
+    """When the DAG is parsed."""
+    with DAG("d", schedule=None), shared_engine("e", model="m") as engine:
+        with pytest.raises(SpecError, match=r"storage_options\.key: expected a protocol with its options"):
+            engine.infer("a", output="s3://out/a", storage_options={"key": "AKIA"}, **BATCH)
+        with pytest.raises(SpecError, match=r"storage_options\.s3: only JSON values"):
+            engine.infer("b", output="s3://out/b", storage_options={"s3": {"session": object()}}, **BATCH)
+
+
+def test_what_is_handed_over_arrives():
+    """And says nothing of itself at its beginning."""
+    storage = {"s3": {"secret": "s3cr3t"}}
+    assert taken(handed(storage)) == storage

@@ -1,0 +1,102 @@
+"""What keeps an engine for a task: from the task's first look until its manifest is written."""
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from airflow_provider_raylm.cluster.batch import pipeline
+from airflow_provider_raylm.cluster.engine import leases, status
+from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.specs import BatchSpec
+from tests.scripted import REF
+
+OUTPUT = "/tmp/out"
+SPEC = BatchSpec(source="/tmp/in", prompt="${text}", output=OUTPUT)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What happens to the engine's lease, in order; the heart beats fast."""
+    events = []
+    monkeypatch.setattr(pipeline, "HEARTBEAT_PERIOD_S", 0.01)
+    monkeypatch.setattr(status, "trouble", lambda application: None)
+    monkeypatch.setattr(leases, "renew", lambda application, output: events.append(("renew", application, output)))
+    monkeypatch.setattr(leases, "release", lambda application, output: events.append(("release", application, output)))
+    monkeypatch.setattr(leases, "record", lambda application, report: events.append("record"))
+    monkeypatch.setattr(pipeline, "held", lambda name, on_wait: _held(events, on_wait))
+    monkeypatch.setattr(pipeline, "answer_source", lambda *args: _while_it_beats(events, "answered"))
+    return events
+
+
+@contextmanager
+def _held(events, on_wait):
+    """Another attempt holds the output for some beats."""
+    on_wait(0.0)
+    _while_it_beats(events, "locked")
+    yield
+
+
+def _while_it_beats(events, mark):
+    """Go on when the lease has been renewed some times more."""
+    before = len(events)
+    for _ in range(500):
+        if len(events) >= before + 3:
+            break
+        threading.Event().wait(0.01)
+    else:
+        raise AssertionError(f"no renewal until {mark}")
+    events.append(mark)
+
+
+def test_the_lease_is_renewed_from_the_first_look_to_the_report(events):
+    """Also while another attempt is waited for, and while the source is planned."""
+    pipeline.infer(SPEC, REF, lambda line: None)
+
+    renewal, end = ("renew", REF.application, OUTPUT), ("release", REF.application, OUTPUT)
+    assert events[0] == renewal
+    assert [event for event in events if event != renewal] == ["locked", "answered", "record", end]
+    assert not {"raylm-heartbeat", "raylm-progress"} & {thread.name for thread in threading.enumerate()}
+
+
+def test_a_renewal_that_fails_is_said_once_and_tried_again(events, monkeypatch):
+    """Whatever it fails with; and the task goes on."""
+    failures = [leases.SilentLease("silent"), *[leases.SilentLease("silent")] * 3, OSError("no room")]
+
+    def renew(application, output):
+        if failures:
+            raise failures.pop(0)
+        events.append("renewed")
+
+    monkeypatch.setattr(leases, "renew", renew)
+    said = []
+    pipeline.infer(SPEC, REF, said.append)
+
+    trying = "renewing the engine's lease fails, and is tried every 0.01 s"
+    assert said == [
+        f"another attempt is writing {OUTPUT}: waiting until it has ended",
+        f"{trying}: SilentLease: silent",
+        f"{trying}: OSError: no room",
+        "renewing the engine's lease succeeds again",
+    ]
+
+
+def test_a_look_that_hangs_does_not_hold_up_the_renewals(events, monkeypatch):
+    """Such as for Serve's controller."""
+    over = threading.Event()
+    monkeypatch.setattr(status, "trouble", lambda application: over.wait(20))
+    monkeypatch.setattr(leases, "LEASE_CALL_TIMEOUT_S", 0.1)
+    pipeline.infer(SPEC, REF, lambda line: None)
+    over.set()
+
+    assert events[-2:] == ["record", ("release", REF.application, OUTPUT)]
+
+
+def test_a_task_that_fails_is_released(events, monkeypatch):
+    def answer_source(*args):
+        raise BatchError("no rows")
+
+    monkeypatch.setattr(pipeline, "answer_source", answer_source)
+    with pytest.raises(BatchError, match="^no rows$"):
+        pipeline.infer(SPEC, REF, lambda line: None)
+    assert events[-1] == ("release", REF.application, OUTPUT)

@@ -1,0 +1,40 @@
+"""What the processes of one job are given beside their request."""
+
+import json
+
+import fsspec
+import pytest
+from fsspec.config import conf
+
+from airflow_provider_raylm.cluster import surroundings
+from airflow_provider_raylm.cluster.surroundings import Surroundings, hidden
+
+
+@pytest.fixture
+def own_process(monkeypatch):
+    """Undo what a process enters for good."""
+    monkeypatch.setattr(surroundings, "_entered", Surroundings())
+    before = {name: dict(options) for name, options in conf.items()}
+    yield
+    conf.clear()
+    conf.update(before)
+
+
+def test_a_process_enters_its_surroundings(own_process, monkeypatch, tmp_path):
+    """File systems are opened with them, beside what the cluster configures; what it says hides them."""
+    (tmp_path / "secret").write_text("fr0m-a-file\n")
+    monkeypatch.delenv("RAYLM_OWN", raising=False)
+    conf["memory"] = {"skip_instance_cache": True}
+    monkeypatch.setenv("RAYLM_OWN", "")
+    around = Surroundings(
+        secret_env={"RAYLM_OWN": str(tmp_path / "secret")},
+        storage={"memory": {"token": {"private_key": 'k"ey'}, "endpoint_url": "http://shown"}},
+    )
+    around.enter()
+
+    opened = fsspec.filesystem("memory")
+    assert opened.storage_options["token"] == {"private_key": 'k"ey'}
+    assert conf["memory"]["skip_instance_cache"] is True
+    said = json.dumps({"message": 'fr0m-a-file k"ey http://shown'})
+    assert hidden(said) == '{"message": "*** *** http://shown"}'
+    assert 'k"ey' not in repr(around)
