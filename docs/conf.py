@@ -1,0 +1,34 @@
+"""How `make docs` makes the site: Markdown pages, and an API reference read from the source without importing it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "airflow_provider_raylm"
+
+project = "airflow-provider-raylm"
+author = "The airflow-provider-raylm maintainers"
+(release,) = re.findall(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text())
+
+extensions = ["myst_parser", "autoapi.extension", "sphinx.ext.napoleon", "sphinx_copybutton"]
+myst_heading_anchors = 3
+napoleon_use_ivar = True
+
+# What the author of a DAG imports. The rest is described in how-it-works.md.
+autoapi_dirs = [str(PACKAGE)]
+autoapi_ignore = [
+    *("*/cluster/*", "*/triggers/*", "*/links/*"),
+    *(f"*/{name}.py" for name in ("following", "get_provider_info", "local", "naming", "observability", "polling")),
+    *("*/ray_jobs.py", "*/wire.py"),
+]
+autoapi_add_toctree_entry = False
+autoapi_root = "api"
+autoapi_options = ["members", "undoc-members", "show-module-summary"]
+autoapi_member_order = "bysource"
+# Classes of Airflow and pydantic are not read.
+suppress_warnings = ["autoapi.python_import_resolution"]
+
+html_theme = "furo"
+html_title = f"{project} {release}"
+html_copy_source = False
