@@ -135,6 +135,14 @@ class BatchFields(TypedDict, total=False):
     frequency_penalty: float | Later | None
     repetition_penalty: float | Later | None
     ignore_eos: bool | Later | None
+    n: int | Later
+    output_schema: Mapping[str, Any] | Later | None
+    choice: Sequence[Later] | Later | None
+    regex: Later | None
+    grammar: Later | None
+    reasks: int | Later
+    on_length: Literal["write", "fail"] | Later
+    keep: Sequence[Literal["reasoning", "tool_calls", "logprobs", "token_ids", "prompt_token_ids"] | Later] | Later
     extra_body: Mapping[str, Any] | Later
     source: Place | Sequence[Place] | Mapping[str, Any]
     source_format: Literal["parquet", "jsonl", "csv", "text"] | Later | None

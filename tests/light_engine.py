@@ -9,7 +9,7 @@ from typing import Any
 from ray import serve
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.cluster.batch.rows import Answer, Content, Outcome, Part
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Content, Outcome, Part, Request
 from airflow_provider_raylm.cluster.replica.admission import Admission, Enter
 from airflow_provider_raylm.cluster.replica.callers import Callers
 from airflow_provider_raylm.cluster.replica.serving import in_parts
@@ -39,17 +39,17 @@ class LightEngine:
     async def run_block(
         self,
         *,
-        fields: str,
-        contents: list[Content],
+        question: str,
+        requests: list[Request],
         task: str,
         timeout: float | None,
         caller: Any = None,
         alone: bool = False,
         near: str | None = None,
     ) -> AsyncGenerator[Part]:
-        asked = json.loads(fields)
+        fields = json.loads(question)["fields"]
         with self.callers.waiting(caller), self.admission.block(task, alone) as door:
-            rows = [partial(self.row, asked, content) for content in contents]
+            rows = [partial(self.row, fields, request.content) for request in requests]
             async with aclosing(in_parts(self.replica, rows, self.admission, door)) as parts:
                 async for part in parts:
                     yield part

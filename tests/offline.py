@@ -1,7 +1,9 @@
 """The ceiling and the truth: the same model, asked by vLLM alone. Runs as a process of its own.
 
-Reads {"model", "prompts", "chats", "max_tokens"} from the file named first; writes {"prompts", "chats", "stops"} to the
-second: the last with pairs of sampling parameters that end answers early, and the answers to the prompts then.
+Reads {"model", "prompts", "chats", "max_tokens", "schema", "choice"} from the file named first; writes answers to the
+second: to "prompts" and "chats"; "stops", pairs of sampling parameters that end answers early, and the answers to the
+prompts then; answers of the "schema" and of the "choice"; "budgets", of which each prompt has its own; "several" for
+each; and "kept", what else there is of an answer.
 """
 
 import json
@@ -10,10 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 ENGINE_KWARGS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
+TYPED_TOKENS = 40
 
 
 def main(request: Path, answers: Path) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     task = json.loads(request.read_text())
     llm = LLM(model=task["model"], **ENGINE_KWARGS)
@@ -31,11 +35,45 @@ def main(request: Path, answers: Path) -> None:
     ):
         outputs = llm.generate(task["prompts"], SamplingParams(**greedy, **stop), use_tqdm=False)
         stops.append([stop, texts(outputs)])
-    answers.write_text(json.dumps({"prompts": texts(completions), "chats": texts(chats), "stops": stops}))
+
+    def typed(**constraint):
+        parameters = SamplingParams(
+            **greedy | {"max_tokens": TYPED_TOKENS}, structured_outputs=StructuredOutputsParams(**constraint)
+        )
+        return texts(llm.generate(task["prompts"], parameters, use_tqdm=False))
+
+    budgets = [SamplingParams(**greedy | {"max_tokens": budget_of(i)}) for i in range(len(task["prompts"]))]
+    several = llm.generate(task["prompts"], SamplingParams(n=2, seed=7, max_tokens=6), use_tqdm=False)
+    kept = llm.generate(task["prompts"], SamplingParams(**greedy, logprobs=2), use_tqdm=False)
+    found = {
+        "prompts": texts(completions),
+        "chats": texts(chats),
+        "stops": stops,
+        "schema": typed(json=task["schema"]),
+        "choice": typed(choice=task["choice"]),
+        "budgets": texts(llm.generate(task["prompts"], budgets, use_tqdm=False)),
+        "several": [[one.text for one in output.outputs] for output in several],
+        "kept": [
+            {
+                "token_ids": list(output.outputs[0].token_ids),
+                "prompt_token_ids": list(output.prompt_token_ids),
+                "logprobs": [
+                    {str(token): one.logprob for token, one in at.items()} for at in output.outputs[0].logprobs
+                ],
+            }
+            for output in kept
+        ],
+    }
+    answers.write_text(json.dumps(found))
 
 
 def texts(outputs):
     return [output.outputs[0].text for output in outputs]
+
+
+def budget_of(row):
+    """Return how many tokens a row may have, when each has its own budget."""
+    return 1 + row % 11
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """An engine made of a function, and a task on it without Ray: the real plan, reader, stage and output."""
 
 import asyncio
+import json
 
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
 from airflow_provider_raylm.cluster.batch.loop import drained
 from airflow_provider_raylm.cluster.batch.report import Tally
-from airflow_provider_raylm.cluster.batch.rows import Answer, Refusal
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.cluster.batch.task import answer_blocks, answer_source
 from airflow_provider_raylm.cluster.batch.window import Window
@@ -31,8 +32,9 @@ def shouts(fields, prompts):
 def asking(ask):
     """Return a way to the engine that a function of (fields, contents) is."""
 
-    async def asked(fields, contents, near=None):
-        return await asyncio.to_thread(ask, fields, contents)
+    async def asked(question, requests, near=None):
+        contents = [request.content for request in requests]
+        return await asyncio.to_thread(ask, json.loads(question)["fields"], contents)
 
     return asked
 

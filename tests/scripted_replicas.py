@@ -7,8 +7,8 @@ import asyncio
 from contextlib import aclosing
 from functools import partial
 
+from airflow_provider_raylm.cluster.batch.exchange import Answer
 from airflow_provider_raylm.cluster.batch.recovery import EngineFailure, Recovery
-from airflow_provider_raylm.cluster.batch.rows import Answer
 from airflow_provider_raylm.cluster.batch.window import Window, in_order
 from airflow_provider_raylm.cluster.replica.admission import Admission
 from airflow_provider_raylm.cluster.replica.serving import in_parts
@@ -106,15 +106,15 @@ class Replicas:
         while not self.running:
             await self.changed.wait()
 
-    async def ask(self, task, fields, contents, *, alone, near):
+    async def ask(self, task, question, requests, *, alone, near):
         await self.well()
         replica = min(self.running, key=lambda one: one.outstanding)
-        replica.outstanding += len(contents)
+        replica.outstanding += len(requests)
         died = asyncio.ensure_future(replica.died.wait())
         begun, answered = False, 0
         try:
             with replica.admission.block(task, alone) as enter:
-                rows = [partial(replica.row, seconds) for seconds in contents]
+                rows = [partial(replica.row, seconds) for seconds in requests]
                 async with aclosing(in_parts(str(replica.name), rows, replica.admission, enter)) as parts:
                     while True:
                         coming = asyncio.ensure_future(anext(parts))
@@ -133,7 +133,7 @@ class Replicas:
                         yield part.outcomes
         finally:
             died.cancel()
-            replica.outstanding -= len(contents) - answered
+            replica.outstanding -= len(requests) - answered
 
     async def task(self, name, blocks):
         """Have a task's blocks of rows answered; return the outcomes of each."""

@@ -5,7 +5,7 @@ plain JSON on the wire, so that the worker, the cluster and a unit test see the 
 """
 
 from airflow_provider_raylm.specs.base import RESERVED_PREFIX, SpecT, Value, build, check_unrendered, read_json_text
-from airflow_provider_raylm.specs.batch import BatchSpec, Format, OutputFormat, Step
+from airflow_provider_raylm.specs.batch import BatchSpec, Format, OutputFormat
 from airflow_provider_raylm.specs.engine import EngineQuery, EngineRef, EngineSpec, Labels, Lease
 from airflow_provider_raylm.specs.reports import (
     BatchReport,
@@ -17,6 +17,7 @@ from airflow_provider_raylm.specs.reports import (
     TeardownReport,
 )
 from airflow_provider_raylm.specs.runtime_env import RuntimeEnv
+from airflow_provider_raylm.specs.step import Step
 
 __all__ = [
     "RESERVED_PREFIX",

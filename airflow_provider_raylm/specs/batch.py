@@ -7,95 +7,13 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from airflow_provider_raylm.specs.base import RESERVED_PREFIX, JsonObject, Value
 from airflow_provider_raylm.specs.reports import BatchReport
+from airflow_provider_raylm.specs.step import Step
 
 Format = Literal["parquet", "jsonl", "csv", "text"]
 OutputFormat = Literal["parquet", "jsonl"]
-
-PLACEHOLDER = re.compile(r"\$\$\{|\$\{([^{}]+)\}")
-"""``$${`` stands for ``${``, ``${column}`` for a row's value."""
-
-
-def placeholders(template: str) -> list[str]:
-    """Return the column names in *template*, in order of appearance."""
-    return [match.group(1) for match in PLACEHOLDER.finditer(template) if match.group(1)]
-
-
-class Step(Value):
-    """One question to the model per row: a prompt (completion) or messages (chat), and how to sample.
-
-    ``${column}`` in a template stands for the row's value of that column; ``$${`` is a literal ``${``; a ``$``
-    without a brace is text. A value left out is the model's own default, as vLLM serves it.
-    """
-
-    prompt: str | None = Field(None, description="Template of a completion request.")
-    messages: tuple[dict[str, str], ...] | None = Field(
-        None, description="Templates of a chat request: dicts with role and content."
-    )
-    output_column: str = Field("response", min_length=1, description="Column that receives the answer's text.")
-    max_tokens: int = Field(256, ge=1, description="New tokens per row, at most.")
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = None
-    stop: tuple[str, ...] | None = None
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0)
-    ignore_eos: bool | None = None
-    extra_body: JsonObject = Field(
-        default_factory=dict,
-        description="Further fields of vLLM's OpenAI request, e.g. response_format or chat_template_kwargs.",
-    )
-
-    _sampling: ClassVar[tuple[str, ...]] = (
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stop",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "ignore_eos",
-    )
-    # One row gets one answer, in one piece, to the question that the template asks.
-    _not_in_extra_body: ClassVar[frozenset[str]] = frozenset(
-        {
-            *(*_sampling, "model", "prompt", "messages", "stream", "n", "best_of", "echo", "request_id", "session_id"),
-            *("max_completion_tokens", "use_beam_search"),
-        }
-    )
-
-    @model_validator(mode="after")
-    def _well_formed(self) -> Self:
-        for message in self.messages or ():
-            if set(message) != {"role", "content"}:
-                raise ValueError(f"messages: each needs role and content, got {sorted(message)}")
-        refused = sorted(self._not_in_extra_body & set(self.extra_body))
-        if refused:
-            raise ValueError(f"extra_body.{refused[0]}: not accepted here")
-        if self.output_column.startswith(RESERVED_PREFIX):
-            raise ValueError(f"output_column: the prefix {RESERVED_PREFIX!r} is reserved")
-        return self
-
-    @property
-    def request_fields(self) -> dict[str, JsonValue]:
-        """The fields of the OpenAI request that are the same for every row."""
-        chosen = self.model_dump(mode="json", include=set(self._sampling), exclude_none=True)
-        return {**chosen, **self.extra_body}
-
-    @property
-    def columns_used(self) -> frozenset[str]:
-        """Names of the columns that the templates refer to."""
-        templates = [self.prompt] if self.prompt is not None else [m["content"] for m in self.messages or ()]
-        return frozenset(name for template in templates for name in placeholders(template))
 
 
 def is_hidden(path: str) -> bool:
@@ -182,13 +100,7 @@ class BatchSpec(Step):
     def _one_question_per_step(self) -> Self:
         if [self.prompt is not None, self.messages is not None, bool(self.steps)].count(True) != 1:
             raise ValueError("give exactly one of prompt, messages and steps")
-        produced: set[str] = set()
-        for step in self.all_steps:
-            if (step.prompt is None) == (step.messages is None):
-                raise ValueError("steps: each needs exactly one of prompt and messages")
-            if step.output_column in produced:
-                raise ValueError(f"steps: output_column {step.output_column!r} appears twice")
-            produced.add(step.output_column)
+        self._check_steps()
         if self.deduplicate and any(step.temperature != 0 for step in self.all_steps):
             raise ValueError("deduplicate: needs temperature 0 in every step; sampled answers differ from row to row")
         for field in ("preprocess", "postprocess"):
@@ -200,6 +112,23 @@ class BatchSpec(Step):
         self._check_places()
         self._check_reading()
         return self
+
+    def _check_steps(self) -> None:
+        beside = [name for name in Step.model_fields if name != "steps" and self._differs(name)] if self.steps else []
+        if beside:
+            raise ValueError(f"{beside[0]}: has no effect beside steps; give it to each step that it is for")
+        produced: set[str] = set()
+        for step in self.all_steps:
+            if (step.prompt is None) == (step.messages is None):
+                raise ValueError("steps: each needs exactly one of prompt and messages")
+            for column in step.output_columns:
+                if column in produced:
+                    raise ValueError(f"steps: output_column {column!r} appears twice")
+                produced.add(column)
+
+    def _differs(self, name: str) -> bool:
+        field = type(self).model_fields[name]
+        return bool(getattr(self, name) != field.get_default(call_default_factory=True))
 
     def _check_places(self) -> None:
         if self.quarantine_uri == self.output:

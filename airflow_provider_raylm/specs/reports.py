@@ -19,7 +19,10 @@ class BatchReport(Value):
     rows_already_done: int = Field(0, ge=0)
     failures: dict[str, int] = Field(default_factory=dict, description="Quarantined rows by reason.")
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = Field(0, description="Those of prompt_tokens that the engine had in its cache.")
     completion_tokens: int = 0
+    cut_off: int = Field(0, description="Answers that ended at max_tokens, written or not.")
+    reasked: int = Field(0, description="Answers that did not fit, so that their row was asked again.")
     seconds: float = 0.0
     source: tuple[str, ...] = Field((), description="Where the rows came from, as the task was told.")
     output: str

@@ -9,7 +9,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from airflow_provider_raylm.cluster.batch.rows import Answer, Content
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Content
 from airflow_provider_raylm.cluster.replica.admission import Enter
 from airflow_provider_raylm.cluster.routing import RowsRouter
 from tests.light_engine import LightEngine

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from airflow_provider_raylm.cluster.batch.rows import Answer, Content, Outcome, Refusal
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Content, Outcome, Refusal
 from airflow_provider_raylm.cluster.replica.admission import Enter
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.specs import EngineSpec

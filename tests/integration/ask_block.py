@@ -7,15 +7,20 @@ from pathlib import Path
 
 from ray import serve
 
+from airflow_provider_raylm.cluster.batch.exchange import Request
+
 
 def main(deployment: str, application: str, folder: str) -> None:
     block = json.loads((Path(folder) / "block.json").read_text())
     handle = serve.get_deployment_handle(deployment, application)
     parts = handle.options(stream=True).run_block.remote(
-        fields=json.dumps(block["fields"]), contents=block["contents"], task="test", timeout=60.0
+        question=json.dumps(block["question"]),
+        requests=[Request(*request) for request in block["requests"]],
+        task="test",
+        timeout=60.0,
     )
     outcomes = {number: asdict(outcome) for part in parts for number, outcome in part.outcomes}
-    answers = [outcomes[number] for number in range(len(block["contents"]))]
+    answers = [outcomes[number] for number in range(len(block["requests"]))]
     (Path(folder) / "outcomes.json").write_text(json.dumps(answers))
 
 

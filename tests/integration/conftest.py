@@ -16,6 +16,18 @@ from tests.conftest import REPOSITORY
 MAX_TOKENS = 12
 ROWS = 320
 CHATS = 40
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "mood": {"enum": ["good", "bad", "so so"]},
+        "stars": {"enum": [1, 2, 3]},
+        "sure": {"type": ["boolean", "null"]},
+        "words": {"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 2},
+    },
+    "required": ["mood", "stars", "sure", "words"],
+    "additionalProperties": False,
+}
+CHOICE = ["one", "two or three", "many"]
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +64,8 @@ def offline(cluster, model, texts):
             [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}] for text in texts[:CHATS]
         ],
         "max_tokens": MAX_TOKENS,
+        "schema": SCHEMA,
+        "choice": CHOICE,
     }
     request.write_text(json.dumps(task))
     command = [sys.executable, "-m", "tests.offline", str(request), str(answers)]

@@ -1,6 +1,5 @@
 """Every workload of the benchmarks on engines that answer at once: none of them rots between two measurements."""
 
-import json
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from airflow_provider_raylm.cluster.batch.rows import Answer
+from airflow_provider_raylm.cluster.batch.exchange import Answer
 from airflow_provider_raylm.specs import BatchSpec, EngineRef, build
 from tests.benchmarks import __main__ as benchmarks
 from tests.benchmarks import harness, planning, scale
@@ -23,7 +22,7 @@ SLOW = "large"
 
 
 def at_once(fields, contents):
-    tokens = json.loads(fields)["max_tokens"]
+    tokens = fields["max_tokens"]
     if contents[0].startswith(SLOW):
         time.sleep(0.5)
     return [Answer("nothing", "stop", 1, tokens) for _ in contents]

@@ -146,19 +146,20 @@ def test_bad_rows_are_quarantined_and_the_others_written(infer, tmp_path):
 def test_a_prompt_that_cannot_be_tokenised_is_one_rows_fault(cluster, engine, offline, texts, tmp_path):
     """The others of its block, which are tokenised together with it, are answered."""
     contents = [f"Say: {texts[0]}", "lone \ud800 surrogate", f"Say: {texts[1]}"]
-    (tmp_path / "block.json").write_text(json.dumps({"fields": {"model": "tiny", **GREEDY}, "contents": contents}))
+    question = {"kind": "completion", "fields": {"model": "tiny", **GREEDY}, "keep": []}
+    (tmp_path / "block.json").write_text(json.dumps({"question": question, "requests": [[one] for one in contents]}))
     script = REPOSITORY / "tests" / "integration" / "ask_block.py"
     cluster.run_script(script, engine["deployment"], engine["application"], tmp_path)
 
     first, bad, last = json.loads((tmp_path / "outcomes.json").read_text())
-    assert [first["text"], last["text"]] == offline["prompts"][:2]
+    assert [first["value"], last["value"]] == offline["prompts"][:2]
     assert bad["reason"] == "invalid_request"
 
 
 def test_a_budget_that_cannot_be_met_ends_the_task(infer, source, tmp_path):
     """The error has the commonest reason; what was asked by then is in the quarantine."""
     with pytest.raises(BatchError, match=r"of 320 rows have failed already, .* allows 16.*not asked.*invalid_request"):
-        infer(source=source, extra_body={"logprobs": 10_000}, block_rows=20, in_flight_rows=20)
+        infer(source=source, extra_body={"logprobs": 10_000}, keep=["logprobs"], block_rows=20, in_flight_rows=20)
 
     rows = read(tmp_path / "out" / "_quarantine")
     assert 16 < len(rows) < ROWS

@@ -8,7 +8,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-from airflow_provider_raylm.cluster.replica.questions import Questions
+from airflow_provider_raylm.cluster.replica.questions.vllm import Vllm
 
 
 def test_tokens_are_counted_before_an_answer_is_complete():
@@ -21,8 +21,8 @@ def test_tokens_are_counted_before_an_answer_is_complete():
     )
     processor = OutputProcessor(None, log_stats=False)
     processor.add_request(request, None, queue=RequestOutputCollector(sampling.output_kind, "inner"))
-    asking = SimpleNamespace(_client=SimpleNamespace(output_processor=processor))
+    asking = SimpleNamespace(client=SimpleNamespace(output_processor=processor))
 
-    assert Questions.tokens(asking, ["block-0"]) == {"block-0": 0}
+    assert Vllm.tokens(asking, ["block-0"]) == {"block-0": 0}
     processor.process_outputs([EngineCoreOutput(request_id="inner", new_token_ids=[5, 6, 7])])
-    assert Questions.tokens(asking, ["block-0"]) == {"block-0": 3}
+    assert Vllm.tokens(asking, ["block-0"]) == {"block-0": 3}

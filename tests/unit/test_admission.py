@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from airflow_provider_raylm.cluster.batch.rows import Answer
+from airflow_provider_raylm.cluster.batch.exchange import Answer
 from airflow_provider_raylm.cluster.replica.admission import WAITING_S, Admission
 from airflow_provider_raylm.cluster.replica.serving import GIVE_WAY_S, in_parts
 from airflow_provider_raylm.errors import EngineError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from airflow_provider_raylm.cluster.batch import affinity
 from airflow_provider_raylm.cluster.batch.affinity import Beginnings, bucket, by_prefix
-from airflow_provider_raylm.cluster.batch.rows import Answer
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Request
 from airflow_provider_raylm.cluster.routing import numbered
 
 CHANCE = random.Random(7)
@@ -26,8 +26,9 @@ class Engine:
     def __init__(self):
         self.calls = []
 
-    async def __call__(self, fields, contents, near=None):
-        self.calls.append((list(contents), near))
+    async def __call__(self, question, requests, near=None):
+        contents = [request.content for request in requests]
+        self.calls.append((contents, near))
         await asyncio.sleep(0)
         return [Answer(str(content), "stop", 1, 1) for content in contents]
 
@@ -49,7 +50,8 @@ def ask_all(contents, replicas=2, cache_tokens=TOKENS // 2, block=256, engine=No
     async def run():
         for start in range(0, len(contents), block):
             part = contents[start : start + block]
-            assert [answer.text for answer in await ask("{}", part, near)] == [str(content) for content in part]
+            answers = await ask("{}", list(map(Request, part)), near)
+            assert [answer.value for answer in answers] == [str(content) for content in part]
 
     asyncio.run(run())
     return engine
@@ -132,9 +134,9 @@ def test_an_error_ends_the_other_calls():
     """And is raised as it is."""
     begun, ended = [], []
 
-    async def fails(fields, contents, near):
+    async def fails(question, requests, near):
         if near is None:
-            return [Answer("", "stop", 1, 1)] * len(contents)
+            return [Answer("", "stop", 1, 1)] * len(requests)
         begun.append(near)
         try:
             await asyncio.sleep(0 if len(begun) == 2 else 60)
@@ -153,7 +155,7 @@ def _ask(engine, contents):
 
     async def run():
         for start in range(0, len(contents), 256):
-            await ask("{}", contents[start : start + 256], None)
+            await ask("{}", list(map(Request, contents[start : start + 256])), None)
 
     asyncio.run(run())
 
@@ -175,8 +177,8 @@ def test_every_row_has_its_own_answer(blocks, replicas, cache_tokens):
 
         async def run():
             for contents in blocks:
-                got = await ask("{}", contents, None)
-                assert [answer.text for answer in got] == contents
+                got = await ask("{}", list(map(Request, contents)), None)
+                assert [answer.value for answer in got] == contents
 
         asyncio.run(run())
     assert sum(len(contents) for contents, _ in engine.calls) == sum(map(len, blocks))
@@ -188,10 +190,10 @@ ANY = st.text(max_size=40)
 @given(ANY, st.lists(st.tuples(st.sampled_from("AB"), ANY), min_size=2), st.data())
 def test_the_same_beginning_is_the_same_key(before, rows_, data):
     """In whichever block it comes, and in no other's place, once rows with both have been seen."""
-    contents = [before + kind * affinity.TOLD_APART_BY + own for kind, own in [("A", ""), ("B", ""), *rows_]]
-    cut = data.draw(st.integers(2, len(contents)))
+    requests = [Request(before + kind * affinity.TOLD_APART_BY + own) for kind, own in [("A", ""), ("B", ""), *rows_]]
+    cut = data.draw(st.integers(2, len(requests)))
     beginnings = Beginnings()
-    keys = [key for part in (contents[:cut], contents[cut:]) if part for key in beginnings.gaining(part, 2, 100)[1]]
+    keys = [key for part in (requests[:cut], requests[cut:]) if part for key in beginnings.gaining(part, 2, 100)[1]]
 
     assert [key == keys[0] for key in keys] == [True, False, *(kind == "A" for kind, _ in rows_)]
 
@@ -208,19 +210,19 @@ def test_memory_has_a_bound(monkeypatch):
     monkeypatch.setattr(affinity, "BEGINNINGS_KEPT", 100)
     beginnings = Beginnings()
     for start in range(0, 1_000, 50):
-        beginnings.gaining(NEVER_TWICE[start : start + 50], 2, 10_000)
+        beginnings.gaining(list(map(Request, NEVER_TWICE[start : start + 50])), 2, 10_000)
 
     assert len(beginnings._asked) == 100
 
 
 def test_looking_costs_little():
     """Less than 5 microseconds a row; nothing where there is one replica."""
-    contents = rows(20_000)
+    requests = list(map(Request, rows(20_000)))
     beginnings = Beginnings()
     took = []
-    for start in range(0, len(contents), 256):
+    for start in range(0, len(requests), 256):
         begun = time.perf_counter()
-        beginnings.gaining(contents[start : start + 256], 2, TOKENS * 2)
+        beginnings.gaining(requests[start : start + 256], 2, TOKENS * 2)
         took.append((time.perf_counter() - begun) / 256)
 
     # Of many, the one that was disturbed least: the machine may be busy.

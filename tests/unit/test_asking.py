@@ -9,8 +9,8 @@ from ray.serve.exceptions import RayServeException
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.cluster.batch import asking
 from airflow_provider_raylm.cluster.batch.asking import Engine, Handle, once
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Part, Refusal
 from airflow_provider_raylm.cluster.batch.recovery import EngineFailure
-from airflow_provider_raylm.cluster.batch.rows import Answer, Part, Refusal
 from airflow_provider_raylm.cluster.engine import status
 from airflow_provider_raylm.errors import BatchError, EngineError
 from tests.scripted import REF
@@ -86,8 +86,8 @@ async def test_a_block_comes_in_parts():
 
     assert [one async for one in asked] == [[], part("A").outcomes]
     assert deployment.request == {
-        "fields": "{}",
-        "contents": ["a"],
+        "question": "{}",
+        "requests": ["a"],
         "alone": True,
         "near": "here",
         "task": "/out",
@@ -171,21 +171,21 @@ async def test_equal_requests_are_asked_once():
     asked = []
     may_end = asyncio.Event()
 
-    async def slow(fields, contents, near):
-        asked.append(list(contents))
+    async def slow(question, requests, near):
+        asked.append(list(requests))
         await may_end.wait()
-        return [Answer(content.upper(), "stop", 1, 1) for content in contents]
+        return [Answer(content.upper(), "stop", 1, 1) for content in requests]
 
     ask_once = once(slow)
     first = asyncio.create_task(ask_once("f", ["a", "b", "a"]))
     second = asyncio.create_task(ask_once("f", ["b"]))
     await asyncio.sleep(0)
     may_end.set()
-    assert [answer.text for answer in await first] == ["A", "B", "A"]
-    assert [answer.text for answer in await second] == ["B"]
+    assert [answer.value for answer in await first] == ["A", "B", "A"]
+    assert [answer.value for answer in await second] == ["B"]
 
     assert asked == [["a", "b"]]
-    await ask_once("other fields", ["a"])
+    await ask_once("other question", ["a"])
     assert asked[1:] == [["a"]]
 
 
@@ -193,7 +193,7 @@ async def test_an_error_reaches_all_who_wait():
     """And the next to ask begins anew."""
     outcomes = [EngineError("gone"), [Answer("A", "stop", 1, 1)]]
 
-    async def ask(fields, contents, near):
+    async def ask(question, requests, near):
         await asyncio.sleep(0)
         outcome = outcomes.pop(0)
         if isinstance(outcome, Exception):
@@ -203,29 +203,29 @@ async def test_an_error_reaches_all_who_wait():
     ask_once = once(ask)
     ended = await asyncio.gather(*(ask_once("f", ["a"]) for _ in range(2)), return_exceptions=True)
     assert [str(error) for error in ended] == ["gone"] * 2
-    assert (await ask_once("f", ["a"]))[0].text == "A"
+    assert (await ask_once("f", ["a"]))[0].value == "A"
 
 
 async def test_a_time_out_is_not_remembered():
     """The next equal row is asked again: it was not the question's fault."""
     outcomes = [Refusal("timeout", "late"), Answer("A", "stop", 1, 1)]
 
-    async def ask(fields, contents, near):
+    async def ask(question, requests, near):
         return [outcomes.pop(0)]
 
     ask_once = once(ask)
     assert (await ask_once("f", ["a"]))[0] == Refusal("timeout", "late")
-    assert (await ask_once("f", ["a"]))[0].text == "A"
-    assert (await ask_once("f", ["a"]))[0].text == "A"
+    assert (await ask_once("f", ["a"]))[0].value == "A"
+    assert (await ask_once("f", ["a"]))[0].value == "A"
 
 
 async def test_answers_are_not_remembered_for_ever():
     """The oldest go first."""
     asked = []
 
-    async def count(fields, contents, near):
-        asked.extend(contents)
-        return [Answer(content, "stop", 1, 1) for content in contents]
+    async def count(question, requests, near):
+        asked.extend(requests)
+        return [Answer(content, "stop", 1, 1) for content in requests]
 
     ask_once = once(count, keep=2)
     for content in ("a", "b", "c", "a", "c"):

@@ -35,6 +35,8 @@ def test_every_dag_parses(dagbag):
         ("raylm_partitions", ["reader"], {"language"}),
         ("raylm_partition_groups", ["reader"], {"partition.language", "partition.summary"}),
         ("raylm_taskflow", ["reader"], {"summary", "language"}),
+        ("raylm_typed_extraction", ["reader"], {"facts", "urgency"}),
+        ("raylm_conversations", ["assistant"], {"reply"}),
         ("raylm_sweep_engines", [], set()),
     ],
 )

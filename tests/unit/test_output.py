@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from airflow_provider_raylm.cluster.batch import storage
 from airflow_provider_raylm.cluster.batch.budget import HOPELESS_BLOCKS
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.output import MANIFEST
-from airflow_provider_raylm.cluster.batch.report import Tally
-from airflow_provider_raylm.cluster.batch.rows import Answer, Refusal
+from airflow_provider_raylm.cluster.batch.report import ENGINE_COUNTS, Tally
 from airflow_provider_raylm.cluster.batch.storage import Place
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchSpec, EngineRef, EngineSpec, build
@@ -486,7 +486,8 @@ def test_a_task_whose_first_rows_all_fail_for_one_reason_ends(tmp_path):
 def test_a_progress_line_has_rows_rates_and_time_left():
     """The time left is only said when the total is known."""
     tally = Tally(total=100)
-    counts = {"block": "0-0", "rows": 20, "kept": 0, "written": 18, "prompt_tokens": 50, "completion_tokens": 40}
+    engine = {**dict.fromkeys(ENGINE_COUNTS, 0), "prompt_tokens": 50, "completion_tokens": 40}
+    counts = {"block": "0-0", "rows": 20, "kept": 0, "written": 18, **engine}
     tally.add({**counts, "failures": ["timeout\t2"], "message": "late"})
 
     assert tally.line(10) == "20 of 100 rows, 2 failed, 2.0 rows/s, 4 tokens/s, 40 s left"

@@ -1,6 +1,7 @@
 """The package as Airflow and Ray meet it: light, apart, and described."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -15,7 +16,7 @@ from tests.airflows import AIRFLOW
 from tests.conftest import DAGS, REPOSITORY
 
 # What imports Ray's own LLM server, which has dependencies of its own.
-WITH_RAYS_OWN = (".server", ".questions")
+WITH_RAYS_OWN = re.compile(r"\.replica\.(server|questions)")
 BLOCK = """
 import sys, time
 class Blocker:
@@ -82,7 +83,7 @@ def test_the_cluster_side_needs_no_airflow():
     pytest.importorskip("ray")
     code = f"""
 import importlib
-for name in {[name for name in modules(cluster=True) if not name.endswith(WITH_RAYS_OWN)]!r}:
+for name in {[name for name in modules(cluster=True) if not WITH_RAYS_OWN.search(name)]!r}:
     importlib.import_module(name)
 print("airflow" in sys.modules)
 """

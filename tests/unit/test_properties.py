@@ -8,8 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from airflow_provider_raylm.cluster.batch.exchange import RowError
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
-from airflow_provider_raylm.cluster.batch.rows import RowError, compile_step, compile_template
+from airflow_provider_raylm.cluster.batch.rows import compile_step
+from airflow_provider_raylm.cluster.batch.rows.templates import compile_template
 from airflow_provider_raylm.errors import BatchError, RayLMError
 from airflow_provider_raylm.naming import application_name, submission_id
 from airflow_provider_raylm.specs import BatchReport, BatchSpec, Labels, Step
@@ -52,7 +54,10 @@ def test_a_value_goes_into_a_prompt_as_it_is(value, other):
 def test_a_chat_has_the_roles_of_its_template(value):
     """No value makes a message of its own."""
     step = Step(messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "${a}"}])
-    assert compile_step(step)({"a": value}) == [{"role": "system", "content": "s"}, {"role": "user", "content": value}]
+    assert compile_step(step, "m").request({"a": value}).content == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": value},
+    ]
 
 
 @given(value=st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | ANY, st.lists, max_leaves=5))

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
 from airflow_provider_raylm.cluster.batch.recovery import FAILURES_IN_A_ROW, UNBEGUN_IN_A_ROW, EngineFailure, Recovery
-from airflow_provider_raylm.cluster.batch.rows import Answer, Refusal
 from airflow_provider_raylm.errors import EngineError
 
 
@@ -24,10 +24,10 @@ class Engine:
         self.alive = True
         self.together = asyncio.Barrier(crowd)
 
-    async def __call__(self, fields, contents, *, alone, near):
-        self.asked += len(contents)
+    async def __call__(self, question, requests, *, alone, near):
+        self.asked += len(requests)
         before = self.deaths
-        if self.alive and self.deadly & set(contents):
+        if self.alive and self.deadly & set(requests):
             self.alive = False
             self.deaths += 1
         dead = not self.alive
@@ -35,7 +35,7 @@ class Engine:
             await self.together.wait()
         if dead or self.deaths > before:
             raise EngineFailure("dead")
-        yield [(number, Answer(content, "stop", 1, 1)) for number, content in enumerate(contents)]
+        yield [(number, Answer(content, "stop", 1, 1)) for number, content in enumerate(requests)]
 
     async def wait(self):
         self.alive = True
@@ -53,7 +53,7 @@ async def test_the_row_at_fault_is_found_and_the_others_are_answered(at):
 
     assert [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Refusal)] == [at]
     assert outcomes[at].reason == "engine_failure"
-    assert [o.text for i, o in enumerate(outcomes) if i != at] == [r for i, r in enumerate(rows(0)) if i != at]
+    assert [o.value for i, o in enumerate(outcomes) if i != at] == [r for i, r in enumerate(rows(0)) if i != at]
     assert engine.deaths == 6
 
 
@@ -116,9 +116,9 @@ class Script:
         self.answers = answers
         self.calls = []
 
-    async def __call__(self, fields, contents, *, alone, near):
-        self.calls.append((alone, list(contents)))
-        answered = [(number, Answer(content, "stop", 1, 1)) for number, content in enumerate(contents)]
+    async def __call__(self, question, requests, *, alone, near):
+        self.calls.append((alone, list(requests)))
+        answered = [(number, Answer(content, "stop", 1, 1)) for number, content in enumerate(requests)]
         if self.failures:
             yield answered[: self.answers]
             raise self.failures.pop(0)
@@ -144,13 +144,13 @@ async def test_what_was_answered_before_a_death_is_not_asked_again():
     outcomes = await Recovery(ask, wait)("{}", rows(0, 10))
 
     assert [asked for _, asked in ask.calls] == [rows(0, 10), rows(3, 7), rows(6, 4)]
-    assert [outcome.text for outcome in outcomes] == rows(0, 10)
+    assert [outcome.value for outcome in outcomes] == rows(0, 10)
 
 
 async def test_a_lost_answer_is_noticed():
     """Never a row without its answer."""
 
-    async def ask(fields, contents, *, alone, near):
+    async def ask(question, requests, *, alone, near):
         yield [(0, Answer("a", "stop", 1, 1))]
 
     with pytest.raises(EngineError, match="1 of 2 rows"):

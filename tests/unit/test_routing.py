@@ -62,7 +62,7 @@ class Calls:
     async def send(self, rows=None, near=None, **kwargs):
         """Send a call and return (the replica it went to, its id)."""
         if rows is not None:
-            kwargs |= {"contents": ["text"] * rows, "near": near}
+            kwargs |= {"requests": ["text"] * rows, "near": near}
         request = pending(kwargs)
         replica = await self.router._choose_replica_for_request(request)
         self.router.on_send_request(replica.replica_id)
@@ -187,7 +187,7 @@ async def test_new_replicas_get_work_at_once():
 
 
 async def test_other_calls_need_no_rows():
-    """Ping and about are called without contents; a full replica is passed over."""
+    """Ping and about are called without requests; a full replica is passed over."""
     calls = Calls("ab")
     await calls.let_queue("a", Replica.max_ongoing_requests)
 
@@ -212,7 +212,7 @@ async def test_a_call_that_was_cancelled_before_it_was_sent_is_forgotten():
 
 async def test_a_call_that_ends_before_serve_has_said_that_it_was_sent_leaves_nothing():
     calls = Calls("a")
-    request = pending({"contents": ["x"] * 5, "near": None})
+    request = pending({"requests": ["x"] * 5, "near": None})
     replica = await calls.router._choose_replica_for_request(request)
     calls.router.on_request_completed(replica.replica_id, request.metadata.internal_request_id)
     calls.router.on_request_routed(request, replica.replica_id, None)

@@ -1,18 +1,21 @@
 """Templates are text with holes; data is never evaluated."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
-from airflow_provider_raylm.cluster.batch.rows import (
-    RowError,
-    compile_step,
-    compile_template,
-    missing_columns,
-    shared_fields,
-)
+from airflow_provider_raylm.cluster.batch import rows
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal, Request, RowError
+from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
+from airflow_provider_raylm.cluster.batch.rows import compile_step
+from airflow_provider_raylm.cluster.batch.rows.templates import compile_template
+from airflow_provider_raylm.cluster.batch.rows.values import missing_columns
+from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.specs import Step
-from airflow_provider_raylm.specs.batch import placeholders
+from airflow_provider_raylm.specs.step import placeholders
 
 
 @pytest.mark.parametrize(
@@ -46,30 +49,30 @@ def test_a_null_is_a_row_error():
 def test_an_empty_prompt_is_a_row_error(step):
     """White space is no question either."""
     with pytest.raises(RowError) as error:
-        compile_step(step)({"a": " \n"})
+        compile_step(step, "m").request({"a": " \n"})
 
     assert error.value.refusal.reason == "empty_prompt"
 
 
 def test_what_all_rows_share_is_said_once():
     """The model and how to sample, as an OpenAI request without a question; the question is the row's own."""
-    step = Step(prompt="Say ${a}", max_tokens=4, temperature=0, stop=["."], extra_body={"logprobs": 1})
+    step = Step(prompt="Say ${a}", max_tokens=4, temperature=0, stop=["."], extra_body={"priority": 1})
 
-    assert json.loads(shared_fields(step, "m")) == {
-        "model": "m",
-        "max_tokens": 4,
-        "temperature": 0,
-        "stop": ["."],
-        "logprobs": 1,
+    question = compile_step(step, "m")
+
+    assert json.loads(question.question) == {
+        "kind": "completion",
+        "fields": {"model": "m", "max_tokens": 4, "temperature": 0, "stop": ["."], "priority": 1},
+        "keep": [],
     }
-    assert compile_step(step)({"a": 'quote " and \ud800'}) == 'Say quote " and \ud800'
+    assert question.request({"a": 'quote " and \ud800'}) == Request('Say quote " and \ud800', "")
 
 
 def test_a_chat_request_keeps_roles_and_order():
     """Each message is its own template."""
     step = Step(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "${a}?"}])
 
-    assert compile_step(step)({"a": "Why"}) == [
+    assert compile_step(step, "m").request({"a": "Why"}).content == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Why?"},
     ]
@@ -81,3 +84,137 @@ def test_columns_of_earlier_steps_count_as_present():
 
     assert missing_columns(steps, ["a"]) == ["c", "d"]
     assert placeholders("${b} $${x} ${b}") == ["b", "b"]
+
+
+def test_the_whole_answer_is_a_list_of_answers():
+    """Of several answers each is one; what is kept of them, too."""
+    question = compile_step(Step(prompt="${a}", n=2, keep=["token_ids"]), "m")
+    answer = Answer(["x", "y"], "stop", 1, 4, extra={"token_ids": [[1, 2], [3, 4]]})
+
+    assert question.read(answer) == {"response": ["x", "y"], "response_token_ids": [[1, 2], [3, 4]]}
+    assert [str(column.type) for column in question.columns] == ["list<item: string>", "list<item: list<item: int32>>"]
+    assert json.loads(question.question)["fields"]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([{"role": "user", "content": "Hi"}], [("user", "Hi")]),
+        ([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}], [("user", "Hi"), ("assistant", "Yes?")]),
+        ('[{"from": "system", "value": "s"}, {"role": "user", "content": "Hi"}]', [("system", "s"), ("user", "Hi")]),
+        ([{"role": "user", "content": "Hi", "from": None, "value": None, "tool_calls": None}], [("user", "Hi")]),
+        ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [("user", [{"type": "text", "text": "Hi"}])]),
+    ],
+)
+def test_a_row_brings_its_conversation(turns, expected):
+    """As structs of a column, with ShareGPT's names, or as JSON text; templates may stand before it."""
+    whole = compile_step(Step(messages="${talk}"), "m").request({"talk": turns}).content
+    mixed = compile_step(Step(messages=[{"role": "system", "content": "Be ${how}."}, "${talk}"]), "m")
+
+    assert whole == [{"role": role, "content": content} for role, content in expected]
+    assert mixed.request({"talk": turns, "how": "brief"}).content == [
+        {"role": "system", "content": "Be brief."},
+        *whole,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason", "words"),
+    [
+        (None, "null_value", "column 'talk' is null"),
+        ([], "empty_prompt", "empty"),
+        ("Hi", "invalid_conversation", "no JSON"),
+        ('{"role": "user"}', "invalid_conversation", "no list"),
+        (["Hi"], "invalid_conversation", "turn 0 is no object"),
+        ([{"content": "Hi"}], "invalid_conversation", "turn 0 has no role"),
+        ([{"role": "user"}], "invalid_conversation", "turn 0 has no content"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "invalid_conversation", "part that is no text"),
+        ([{"role": "user", "content": 5}], "invalid_conversation", "neither text"),
+    ],
+)
+def test_what_is_no_conversation_is_one_rows_fault(turns, reason, words):
+    """A part that names a place is never handed to the engine, which would fetch it on the row's word."""
+    with pytest.raises(RowError, match=words) as error:
+        compile_step(Step(messages="${talk}"), "m").request({"talk": turns})
+
+    assert error.value.refusal.reason == reason
+
+
+def test_a_row_tells_its_own_sampling():
+    """Only what each row tells is its own; what its column holds is checked as the field is."""
+    step = Step(prompt="${a}", max_tokens="${budget}", temperature=0.5, stop="${ends}")
+    question = compile_step(step, "m")
+
+    assert json.loads(question.question)["fields"] == {"model": "m", "temperature": 0.5}
+    request = question.request({"a": "x", "budget": 7, "ends": ["."]})
+    assert json.loads(request.overrides) == {"max_tokens": 7, "stop": ["."]}
+    assert step.columns_used == {"a", "budget", "ends"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason", "words"),
+    [
+        (None, "null_value", "column 'budget' is null"),
+        (0, "invalid_parameter", "max_tokens from column 'budget': .*greater than or equal to 1"),
+        ("many", "invalid_parameter", "max_tokens from column 'budget': .*integer"),
+    ],
+)
+def test_a_bad_parameter_is_one_rows_fault(budget, reason, words):
+    """Its neighbours have good ones."""
+    with pytest.raises(RowError, match=words) as error:
+        compile_step(Step(prompt="x", max_tokens="${budget}"), "m").request({"budget": budget})
+
+    assert error.value.refusal.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("step", "answer", "reason"),
+    [
+        (Step(prompt="x"), Answer("cut", "length", 1, 1), None),
+        (Step(prompt="x", on_length="fail"), Answer("cut", "length", 1, 1), "answer_cut_off"),
+        (
+            Step(messages=[{"role": "user", "content": "x"}], keep=["reasoning"]),
+            Answer("", "length", 1, 1, extra={"reasoning": "Let me"}),
+            "answer_cut_off",
+        ),
+        (Step(prompt="x", choice=["yes", "no"]), Answer("yes", "stop", 1, 1), None),
+        (Step(prompt="x", choice=["yes", "no"]), Answer("ye", "length", 1, 1), "invalid_output"),
+        (Step(prompt="x", regex="[0-9]+"), Answer("12a", "stop", 1, 1), "invalid_output"),
+    ],
+)
+def test_an_answer_may_be_none(step, answer, reason):
+    """One that is cut off is written unless the author says otherwise, or nothing has been said by then."""
+    read = compile_step(step, "m").read(answer)
+
+    assert (read.reason if isinstance(read, Refusal) else None) == reason
+
+
+def test_a_kind_of_its_own(monkeypatch):
+    """A kind is a field of the step, and a class here and in the replica; nothing between them knows it."""
+
+    class Counted:
+        question = '{"kind": "counted"}'
+        columns = (pa.field("letters", pa.int64()),)
+        reasks = 0
+
+        def __init__(self, step, model):
+            self.column = step.count
+
+        def request(self, row):
+            return Request(row[self.column])
+
+        def read(self, answer):
+            return {"letters": answer.value}
+
+    class CountStep(Step):
+        count: str | None = None
+
+    async def ask(question, requests, near):
+        return [Answer(len(request.content), "stop", 0, 0) for request in requests]
+
+    monkeypatch.setitem(rows.KINDS, "count", Counted)
+    spec = SimpleNamespace(all_steps=(CountStep(count="a"),), columns=None, preprocess=None, postprocess=None)
+    monkeypatch.setattr(CountStep, "columns_used", frozenset({"a"}))
+    table = pa.table({"a": ["x", "yyy"], ROW_ID: ["0", "1"]})
+
+    assert asyncio.run(BlockAnswerer(spec, "m", ask).answer(table, "block")).rows["letters"].to_pylist() == [1, 3]

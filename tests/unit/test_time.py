@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_raylm.cluster.batch.rows import Answer, Refusal
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
 from airflow_provider_raylm.cluster.replica import serving
 from tests.scripted_replicas import RESTART_S, WAVE_S, blocks, crash, on_replicas
 
@@ -22,7 +22,7 @@ def seldom():
 
 
 def assert_all_answered(asked, outcomes):
-    assert [[o.text for o in block] for block in outcomes] == [[str(seconds) for seconds in block] for block in asked]
+    assert [[o.value for o in block] for block in outcomes] == [[str(seconds) for seconds in block] for block in asked]
 
 
 def test_a_crash_costs_the_restart_and_a_wave():

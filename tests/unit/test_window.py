@@ -74,7 +74,7 @@ def test_rows_make_room_as_they_are_answered():
     window.fit(4, 0)
     most = []
 
-    async def engine(fields, contents, *, alone, near):
+    async def engine(question, requests, *, alone, near):
         yield [(number, "early") for number in range(3)]
         most.append(window.most_rows)
         await asyncio.sleep(60)
@@ -94,7 +94,7 @@ def test_a_window_that_grows_lets_in_who_waits():
     window = Window(None, 1)
     window.fit(2, 0)
 
-    async def engine(fields, contents, *, alone, near):
+    async def engine(question, requests, *, alone, near):
         await asyncio.sleep(10)
         yield [(0, "so")]
 
@@ -157,10 +157,10 @@ def test_the_first_error_ends_it():
     window = Window(None, 1)
     window.fit(1, 0)
 
-    async def engine(fields, contents, *, alone, near):
-        asked.append(contents[0])
-        await asyncio.sleep(1 + contents[0])
-        if contents[0] == 0:
+    async def engine(question, requests, *, alone, near):
+        asked.append(requests[0])
+        await asyncio.sleep(1 + requests[0])
+        if requests[0] == 0:
             raise EngineError("gone")
         yield [(0, "so")]
 

@@ -14,8 +14,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from airflow_provider_raylm.cluster.batch.exchange import Content, Outcome, Request
 from airflow_provider_raylm.cluster.batch.recovery import Ask
-from airflow_provider_raylm.cluster.batch.rows import Content, Outcome
 from airflow_provider_raylm.cluster.routing import numbered
 
 # The usual rule for English. Where a token is shorter, text is longer than it seems, and this acts later than it could.
@@ -47,9 +47,9 @@ class Beginnings:
         self._gained = 0
         self._gaining = False
 
-    def gaining(self, contents: Sequence[Content], replicas: int, cache_tokens: int) -> tuple[bool, list[int]]:
+    def gaining(self, requests: Sequence[Request], replicas: int, cache_tokens: int) -> tuple[bool, list[int]]:
         """Return whether enough rows gain, these and those before; and what each of these begins with, as a number."""
-        texts = [content if isinstance(content, str) else _text(content) for content in contents]
+        texts = [_text(request.content) for request in requests]
         skip = self._after_shared(texts)
         asked = self._asked
         tokens = self._tokens
@@ -108,23 +108,23 @@ def by_prefix(ask: Ask, replicas: Callable[[], int], cache_tokens: Callable[[], 
     """
     beginnings = Beginnings()
 
-    async def ask_apart(fields: str, contents: Sequence[Content], near: str | None = None) -> list[Outcome]:
+    async def ask_apart(question: str, requests: Sequence[Request], near: str | None = None) -> list[Outcome]:
         running, kept = replicas(), cache_tokens()
-        if near is not None or running < 2 or not kept or not contents:
-            return await ask(fields, contents, near)
-        gaining, keys = beginnings.gaining(contents, running, kept)
+        if near is not None or running < 2 or not kept or not requests:
+            return await ask(question, requests, near)
+        gaining, keys = beginnings.gaining(requests, running, kept)
         if not gaining:
-            return await ask(fields, contents, None)
+            return await ask(question, requests, None)
         rows_of: dict[int, list[int]] = defaultdict(list)
         for row, key in enumerate(keys):
             rows_of[bucket(key, running)].append(row)
         answers = await _together(
-            ask(fields, [contents[row] for row in rows], numbered(number)) for number, rows in rows_of.items()
+            ask(question, [requests[row] for row in rows], numbered(number)) for number, rows in rows_of.items()
         )
         outcomes: dict[int, Outcome] = {}
         for rows, got in zip(rows_of.values(), answers, strict=True):
             outcomes.update(zip(rows, got, strict=True))
-        return [outcomes[row] for row in range(len(contents))]
+        return [outcomes[row] for row in range(len(requests))]
 
     return ask_apart
 
@@ -154,9 +154,11 @@ def bucket(key: int, buckets: int) -> int:
     return here
 
 
-def _text(messages: list[dict[str, Any]]) -> str:
-    """Return a conversation as text that begins as what the engine reads does."""
-    return "\0".join([f"{message['role']}\0{message['content']}" for message in messages])
+def _text(content: Content) -> str:
+    """Return a prompt or a conversation as text that begins as what the engine reads does."""
+    if isinstance(content, str):
+        return content
+    return "\0".join([f"{message['role']}\0{message['content']}" for message in content])
 
 
 def _common(one: str, other: str) -> str:

@@ -15,8 +15,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from airflow_provider_raylm import __version__
+from airflow_provider_raylm.cluster.batch.exchange import Outcome, Part, Refusal, Request
 from airflow_provider_raylm.cluster.batch.recovery import Answered, Ask, EngineFailure
-from airflow_provider_raylm.cluster.batch.rows import Content, Outcome, Part, Refusal
 from airflow_provider_raylm.cluster.engine import status
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.specs import EngineRef
@@ -70,7 +70,7 @@ class Handle:
         self._listed_at = 0.0
 
     async def ask(
-        self, fields: str, contents: Sequence[Content], *, alone: bool, near: str | None
+        self, question: str, requests: Sequence[Request], *, alone: bool, near: str | None
     ) -> AsyncGenerator[Answered]:
         """Answer a block, in parts; see ``AskEngine``.
 
@@ -83,7 +83,7 @@ class Handle:
         heard_at = 0.0
         ended = False
         response = self._stream.run_block.remote(
-            fields=fields, contents=list(contents), alone=alone, near=near, **self._shared
+            question=question, requests=list(requests), alone=alone, near=near, **self._shared
         )
         try:
             while True:
@@ -230,21 +230,21 @@ def once(ask: Ask, keep: int = ANSWERS_KEPT) -> Ask:
     """
     known: OrderedDict[bytes, asyncio.Future[Outcome]] = OrderedDict()
 
-    async def ask_new(fields: str, contents: Sequence[Content], near: str | None = None) -> list[Outcome]:
+    async def ask_new(question: str, requests: Sequence[Request], near: str | None = None) -> list[Outcome]:
         answers: list[asyncio.Future[Outcome]] = []
-        new: list[tuple[bytes, asyncio.Future[Outcome], Content]] = []
-        for content in contents:
-            key = hashlib.blake2b(json.dumps([fields, content]).encode(), digest_size=16).digest()
+        new: list[tuple[bytes, asyncio.Future[Outcome], Request]] = []
+        for request in requests:
+            key = hashlib.blake2b(json.dumps([question, request]).encode(), digest_size=16).digest()
             answer = known.get(key)
             if answer is None:
                 answer = known[key] = asyncio.get_running_loop().create_future()
-                new.append((key, answer, content))
+                new.append((key, answer, request))
             answers.append(answer)
         while len(known) > keep:
             known.popitem(last=False)
         # Own requests first: whoever waits for another block has none of its own left to ask.
         try:
-            got = await ask(fields, [content for *_, content in new], near) if new else []
+            got = await ask(question, [request for *_, request in new], near) if new else []
         except BaseException as error:
             for key, answer, _ in new:
                 known.pop(key, None)

@@ -12,7 +12,7 @@ from airflow_provider_raylm.cluster.batch import json_text
 from airflow_provider_raylm.cluster.batch.formats import ids_of, plain
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, Contents, Fragment, Reading
 from airflow_provider_raylm.cluster.batch.ids import find_repeated
-from airflow_provider_raylm.cluster.batch.rows import missing_columns
+from airflow_provider_raylm.cluster.batch.rows.values import missing_columns
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
 
@@ -92,7 +92,7 @@ def check_columns(
                 f"{', '.join(own)}{where}"
             )
     kept = set(spec.columns if spec.columns is not None else schema.names)
-    taken = [step.output_column for step in spec.all_steps if step.output_column in kept & set(schema.names)]
+    taken = [one for step in spec.all_steps for one in step.output_columns if one in kept & set(schema.names)]
     if taken:
         where = next(f.file.uri for f, c in zip(fragments, contents, strict=True) if taken[0] in _names(f, c))
         raise BatchError(

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from airflow_provider_raylm.cluster.batch.rows import UNREADABLE
+from airflow_provider_raylm.cluster.batch.rows.values import UNREADABLE
 from airflow_provider_raylm.specs import OutputFormat
 
 

@@ -18,7 +18,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from airflow_provider_raylm.cluster.batch.rows import Content, Outcome, Refusal
+from airflow_provider_raylm.cluster.batch.exchange import Outcome, Refusal, Request
 from airflow_provider_raylm.errors import EngineError
 
 # Failures after which a block is asked alone, and, of those, after which a single row is refused: an engine may die of
@@ -52,12 +52,12 @@ class EngineFailure(Exception):
 class Ask(Protocol):
     """Gets an outcome for every row."""
 
-    def __call__(self, fields: str, contents: Sequence[Content], near: str | None) -> Awaitable[list[Outcome]]:
+    def __call__(self, question: str, requests: Sequence[Request], near: str | None) -> Awaitable[list[Outcome]]:
         """Answer rows.
 
         Args:
-            fields: what their requests share, as JSON text.
-            contents: what is each row's own.
+            question: what their requests share, as JSON text.
+            requests: what is each row's own.
             near: a name; requests of one name go to one replica, if that is well.
         """
 
@@ -70,15 +70,15 @@ class AskEngine(Protocol):
     """
 
     def __call__(
-        self, fields: str, contents: Sequence[Content], *, alone: bool, near: str | None
+        self, question: str, requests: Sequence[Request], *, alone: bool, near: str | None
     ) -> AsyncGenerator[Answered]:
         """Answer a block, alone or among others, in parts."""
 
 
 @dataclass
 class _Block:
-    fields: str
-    contents: Sequence[Content]
+    question: str
+    requests: Sequence[Request]
     near: str | None
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
@@ -103,15 +103,15 @@ class Recovery:
         self._unbegun = 0
         self._end: EngineError | None = None
 
-    async def __call__(self, fields: str, contents: Sequence[Content], near: str | None = None) -> list[Outcome]:
+    async def __call__(self, question: str, requests: Sequence[Request], near: str | None = None) -> list[Outcome]:
         """Answer a block; a row at which the engine fails by itself is refused (``engine_failure``).
 
         Raises:
             EngineError: the engine does not come back, or fails whatever it is asked.
         """
-        block = _Block(fields, contents, near)
-        await self._answer(block, range(len(contents)), alone=False)
-        return [block.outcomes[row] for row in range(len(contents))]
+        block = _Block(question, requests, near)
+        await self._answer(block, range(len(requests)), alone=False)
+        return [block.outcomes[row] for row in range(len(requests))]
 
     async def _answer(self, block: _Block, rows: Sequence[int], *, alone: bool) -> None:
         failures = 0
@@ -140,9 +140,9 @@ class Recovery:
     async def _try(self, block: _Block, rows: Sequence[int], *, alone: bool) -> EngineFailure | None:
         """Ask about some rows; return the engine's failure, if it failed, when it is well again."""
         life = self._life
-        contents = [block.contents[row] for row in rows]
+        requests = [block.requests[row] for row in rows]
         try:
-            async with aclosing(self._ask(block.fields, contents, alone=alone, near=block.near)) as parts:
+            async with aclosing(self._ask(block.question, requests, alone=alone, near=block.near)) as parts:
                 async for part in parts:
                     for number, outcome in part:
                         block.outcomes[rows[number]] = outcome

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from airflow_provider_raylm.cluster.batch.output import Written
-from airflow_provider_raylm.cluster.batch.stage import COMPLETION_TOKENS, MESSAGE, PROMPT_TOKENS, REASON
+from airflow_provider_raylm.cluster.batch.stage import MESSAGE, REASON, Answered
+
+ENGINE_COUNTS = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens", "cut_off", "reasked")
+"""What ``Answered`` counts, by the name that the report has for it."""
 
 COUNTS = pa.schema(
     [
@@ -18,26 +20,25 @@ COUNTS = pa.schema(
         ("rows", pa.int64()),
         ("kept", pa.int64()),
         ("written", pa.int64()),
-        ("prompt_tokens", pa.int64()),
-        ("completion_tokens", pa.int64()),
+        *((name, pa.int64()) for name in ENGINE_COUNTS),
         ("failures", pa.list_(pa.string())),
         ("message", pa.string()),
     ]
 )
 
 
-def count_block(block: Written, answered: pa.Table, failed: pa.Table) -> dict[str, Any]:
+def count_block(block: Written, answered: Answered) -> dict[str, Any]:
     """Return one block's counts, as ``COUNTS``.
 
     ``failures`` are "reason<tab>rows", which Arrow can carry for any reason; ``message`` is the first failed row's.
     """
+    failed = answered.failed
     return {
         "block": block.name,
         "rows": block.rows,
         "kept": len(block.ids),
-        "written": answered.num_rows,
-        "prompt_tokens": pc.sum(answered[PROMPT_TOKENS]).as_py() or 0,
-        "completion_tokens": pc.sum(answered[COMPLETION_TOKENS]).as_py() or 0,
+        "written": answered.rows.num_rows,
+        **{name: answered.counts[name] for name in ENGINE_COUNTS},
         "failures": [f"{reason}\t{rows}" for reason, rows in Counter(failed[REASON].to_pylist()).items()],
         "message": failed[MESSAGE][0].as_py() if failed.num_rows else None,
     }
@@ -52,6 +53,7 @@ class Tally:
         blocks: names of the blocks that are done, also by earlier attempts, with their rows.
         failed: names of those with failed rows.
         kept: rows of this run's blocks that an earlier attempt had answered.
+        engine: what the engine was paid for, by the names of ``ENGINE_COUNTS``.
         message: what the first failed row met with.
     """
 
@@ -60,8 +62,7 @@ class Tally:
     failed: set[str] = field(default_factory=set)
     kept: int = 0
     written: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    engine: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
     message: str = ""
 
@@ -70,8 +71,7 @@ class Tally:
         self.blocks[block["block"]] = block["rows"]
         self.kept += block["kept"]
         self.written += block["written"]
-        self.prompt_tokens += block["prompt_tokens"]
-        self.completion_tokens += block["completion_tokens"]
+        self.engine.update({name: block[name] for name in ENGINE_COUNTS})
         for entry in block["failures"]:
             reason, rows = entry.split("\t")
             self.failures[reason] += int(rows)
@@ -96,7 +96,7 @@ class Tally:
             f"{self.rows}{of} rows",
             f"{self.quarantined} failed",
             f"{rate:.1f} rows/s",
-            f"{self.completion_tokens / seconds if seconds else 0.0:.0f} tokens/s",
+            f"{self.engine['completion_tokens'] / seconds if seconds else 0.0:.0f} tokens/s",
         ]
         if self.total is not None and rate:
             parts.append(f"{max(self.total - self.rows, 0) / rate:.0f} s left")

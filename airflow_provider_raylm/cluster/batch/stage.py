@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 import asyncio
-import importlib
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,10 +15,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal, Request, RowError
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.json_text import as_text, common_type
+from airflow_provider_raylm.cluster.batch.loading import load
 from airflow_provider_raylm.cluster.batch.recovery import Ask
-from airflow_provider_raylm.cluster.batch.rows import Content, Refusal, RowError, compile_step, shared_fields, values
+from airflow_provider_raylm.cluster.batch.rows import Question, compile_step
+from airflow_provider_raylm.cluster.batch.rows.values import values
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
 
@@ -31,6 +34,22 @@ MESSAGE = f"{RESERVED_PREFIX}message"
 RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What came of a block.
+
+    Attributes:
+        rows: the answered rows, as they are written.
+        failed: the others, as they came.
+        counts: what the engine was paid for, failed rows included: ``prompt_tokens``, ``cached_prompt_tokens``,
+            ``completion_tokens``; ``cut_off`` and ``reasked`` are answers.
+    """
+
+    rows: pa.Table
+    failed: pa.Table
+    counts: Counter[str]
+
+
 @dataclass
 class _Block:
     """Rows on their way: each is either still asked about or failed, and never both."""
@@ -40,11 +59,22 @@ class _Block:
     prompt_tokens: list[int] = field(default_factory=list)
     completion_tokens: list[int] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.prompt_tokens = [0] * len(self.rows)
         self.completion_tokens = [0] * len(self.rows)
         self.finish_reasons = [""] * len(self.rows)
+
+    def count(self, i: int, answer: Answer) -> None:
+        """Add what an answer took."""
+        self.prompt_tokens[i] += answer.prompt_tokens
+        self.completion_tokens[i] += answer.completion_tokens
+        self.finish_reasons[i] = answer.finish_reason
+        self.counts["prompt_tokens"] += answer.prompt_tokens
+        self.counts["completion_tokens"] += answer.completion_tokens
+        self.counts["cached_prompt_tokens"] += answer.cached_tokens
+        self.counts["cut_off"] += answer.finish_reason == "length"
 
     def live(self) -> list[int]:
         return [i for i in range(len(self.rows)) if i not in self.failed]
@@ -69,49 +99,70 @@ class BlockAnswerer:
         ask: the way to the engine.
 
     Raises:
-        BatchError: a row function cannot be imported.
+        BatchError: a row function or a schema cannot be imported, or a schema is none.
     """
 
     def __init__(self, spec: BatchSpec, model: str, ask: Ask) -> None:
         self._spec = spec
         self._ask = ask
-        self._steps = [(compile_step(step), shared_fields(step, model), step.output_column) for step in spec.all_steps]
+        self._steps = [compile_step(step, model) for step in spec.all_steps]
         self._preprocess = load_function("preprocess", spec.preprocess)
         self._postprocess = load_function("postprocess", spec.postprocess)
 
-    async def answer(self, table: pa.Table, name: str) -> tuple[pa.Table, pa.Table]:
-        """Return (answered, failed) rows of *table*, the block of that name; together they are all of its rows."""
+    async def answer(self, table: pa.Table, name: str) -> Answered:
+        """Return what comes of the rows of *table*, the block of that name."""
         block = await asyncio.to_thread(self._begin, table)
         # What later steps ask is answered best where the first one's keys and values are.
         near = name if len(self._steps) > 1 else None
-        for render, fields, column in self._steps:
-            requests = await asyncio.to_thread(self._render, block, render)
-            answers = await self._ask(fields, list(requests.values()), near) if requests else []
-            for i, answer in zip(requests, answers, strict=True):
+        for step in self._steps:
+            requests = await asyncio.to_thread(self._render, block, step)
+            for left in range(step.reasks, -1, -1):
+                requests = await self._asked(block, step, requests, near, again=left > 0)
+                block.counts["reasked"] += len(requests)
+        return await asyncio.to_thread(self._finish, table, block)
+
+    async def _asked(
+        self, block: _Block, step: Question, requests: dict[int, Request], near: str | None, *, again: bool
+    ) -> dict[int, Request]:
+        """Ask, note what came of each row, and return what is to be asked again of those whose answer is none."""
+        if not requests:
+            return {}
+        answers = await self._ask(step.question, list(requests.values()), near)
+
+        def read() -> dict[int, Request]:
+            refused = {}
+            for (i, request), answer in zip(requests.items(), answers, strict=True):
                 if isinstance(answer, Refusal):
                     block.failed[i] = answer
                     continue
-                block.rows[i] = {**block.rows[i], column: answer.text}
-                block.prompt_tokens[i] += answer.prompt_tokens
-                block.completion_tokens[i] += answer.completion_tokens
-                block.finish_reasons[i] = answer.finish_reason
-        return await asyncio.to_thread(self._finish, table, block)
+                block.count(i, answer)
+                found = step.read(answer)
+                if not isinstance(found, Refusal):
+                    block.rows[i] = {**block.rows[i], **found}
+                elif again:
+                    refused[i] = step.again(request, answer, found)
+                else:
+                    block.failed[i] = found
+            return refused
+
+        # Not here, where all blocks wait for their turn: a schema may take a millisecond per row.
+        return await asyncio.to_thread(read)
 
     def _begin(self, table: pa.Table) -> _Block:
         block = _Block(*values(table, self._columns(table)))
         self._transform(block, self._preprocess)
         return block
 
-    def _render(self, block: _Block, render: Callable[[dict[str, Any]], Content]) -> dict[int, Content]:
+    def _render(self, block: _Block, step: Question) -> dict[int, Request]:
         try:
-            return block.apply(render)
+            return block.apply(step.request)
         except KeyError as error:
             present = ", ".join(block.rows[block.live()[0]])
             raise BatchError(f"preprocess: its row has no column {error}; it has {present}") from None
 
-    def _finish(self, table: pa.Table, block: _Block) -> tuple[pa.Table, pa.Table]:
+    def _finish(self, table: pa.Table, block: _Block) -> Answered:
         self._transform(block, self._postprocess)
-        return self._answered(table, block), _failed(table, block)
+        return Answered(self._answered(table, block), _failed(table, block), block.counts)
 
     def _columns(self, table: pa.Table) -> list[str]:
         """Return the columns that become Python values."""
@@ -139,7 +190,8 @@ class BlockAnswerer:
     def _answered(self, table: pa.Table, block: _Block) -> pa.Table:
         live = block.live()
         kept = _rows(table, live)
-        produced = [column for *_, column in self._steps]
+        made = [column for step in self._steps for column in step.columns]
+        produced = [column.name for column in made]
         if self._preprocess is None and self._postprocess is None:
             names = [name for name in table.column_names if name != ROW_ID and name not in produced]
             if self._spec.columns is not None:
@@ -147,8 +199,8 @@ class BlockAnswerer:
             answered = kept.select(names)
         else:
             answered = self._rebuilt(table, block, live, produced)
-        for column in produced:
-            answered = answered.append_column(column, pa.array([block.rows[i].get(column) for i in live], pa.string()))
+        for column in made:
+            answered = answered.append_column(column, _made([block.rows[i].get(column.name) for i in live], column))
         return (
             answered.append_column(ROW_ID, kept[ROW_ID])
             .append_column(PROMPT_TOKENS, pa.array([block.prompt_tokens[i] for i in live], pa.int64()))
@@ -168,6 +220,20 @@ class BlockAnswerer:
             values = [block.rows[i].get(name) for i in live]
             columns[name] = _column(values, table.schema.field(name).type if name in source else pa.null())
         return pa.table(columns) if columns else table.take(pa.array(live, pa.int64())).select([])
+
+
+def _made(values: list[Any], column: pa.Field) -> pa.Array:
+    """Return a column of answers, which a row function may have changed.
+
+    Raises:
+        BatchError: it made of them what the column cannot hold.
+    """
+    try:
+        return pa.array(values, column.type)
+    except (pa.ArrowException, OverflowError) as error:
+        raise BatchError(
+            f"postprocess: the column {column.name!r} holds {column.type}, and a row's value is none: {error}"
+        ) from None
 
 
 def _column(values: list[Any], known: pa.DataType) -> pa.Array:
@@ -208,19 +274,17 @@ def load_function(name: str, path: str | None) -> RowFunction | None:
     Raises:
         BatchError: it cannot be imported.
     """
-    if path is None:
-        return None
-    module, _, attribute = path.partition(":")
-    try:
-        function: RowFunction = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise BatchError(f"{name}: cannot import {path} on the cluster: {error}") from error
-    return function
+    return None if path is None else load(name, path)
 
 
 def answer_schema(spec: BatchSpec, source: pa.Schema) -> pa.Schema:
-    """Return the columns of an answered row, of one that no row function has changed."""
-    produced = [step.output_column for step in spec.all_steps]
+    """Return the columns of an answered row, of one that no row function has changed.
+
+    Raises:
+        BatchError: a step's schema is none, or cannot be imported.
+    """
+    made = [column for step in spec.all_steps for column in compile_step(step, "").columns]
+    produced = {column.name for column in made}
     kept = [one for one in source if one.name not in produced and (spec.columns is None or one.name in spec.columns)]
     counts = [(PROMPT_TOKENS, pa.int64()), (COMPLETION_TOKENS, pa.int64()), (FINISH_REASON, pa.string())]
-    return pa.schema([*kept, *((name, pa.string()) for name in [*produced, ROW_ID]), *counts])
+    return pa.schema([*kept, *made, pa.field(ROW_ID, pa.string()), *counts])

@@ -19,7 +19,7 @@ from airflow_provider_raylm.cluster.batch.loop import in_threads
 from airflow_provider_raylm.cluster.batch.output import Output, Parts, Progress
 from airflow_provider_raylm.cluster.batch.plan import Plan, make_plan
 from airflow_provider_raylm.cluster.batch.reader import read_blocks
-from airflow_provider_raylm.cluster.batch.report import Tally, count_block
+from airflow_provider_raylm.cluster.batch.report import ENGINE_COUNTS, Tally, count_block
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer, answer_schema
 from airflow_provider_raylm.cluster.batch.window import Window, in_order
 from airflow_provider_raylm.cluster.surroundings import Surroundings, entered
@@ -132,9 +132,9 @@ async def answer_blocks(work: Work, answerer: BlockAnswerer, window: Window) -> 
         before = await asyncio.to_thread(work.parts.written, name, rows.num_rows, work.progress)
         if before.ids:
             rows = rows.filter(pa.array([one not in before.ids for one in rows[ROW_ID].to_pylist()], pa.bool_()))
-        answered, failed = await answerer.answer(rows, name)
-        await asyncio.to_thread(work.parts.write, before, answered, failed)
-        return count_block(before, answered, failed)
+        answered = await answerer.answer(rows, name)
+        await asyncio.to_thread(work.parts.write, before, answered.rows, answered.failed)
+        return count_block(before, answered)
 
     async with aclosing(in_order(answer, in_threads(work.left()), window, lambda block: block[1].nbytes)) as counts:
         async for one in counts:
@@ -148,8 +148,7 @@ def _report(spec: BatchSpec, ref: EngineRef, mark: str, tally: Tally, done: int,
         rows_quarantined=tally.quarantined,
         rows_already_done=done + tally.kept,
         failures=dict(tally.failures),
-        prompt_tokens=tally.prompt_tokens,
-        completion_tokens=tally.completion_tokens,
+        **tally.engine,
         seconds=round(seconds, 3),
         source=spec.sources,
         output=spec.output,
@@ -165,8 +164,7 @@ def _nothing_to_do(finished: BatchReport) -> BatchReport:
         update={
             "rows_written": 0,
             "rows_already_done": finished.rows_written + finished.rows_already_done,
-            "prompt_tokens": 0,
-            "completion_tokens": 0,
+            **dict.fromkeys(ENGINE_COUNTS, 0),
             "seconds": 0.0,
         }
     )

@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
+from airflow_provider_raylm.cluster.batch.exchange import Request
 from airflow_provider_raylm.cluster.batch.recovery import Answered, AskEngine
-from airflow_provider_raylm.cluster.batch.rows import Content
 
 # Blocks that a replica has at a time, as Serve counts them, before it is given help: see llm.llm_deployment.
 BUSY_BLOCKS = 4
@@ -101,9 +101,9 @@ class Window:
         """Return a function that asks when there is room for rows, and makes room with every answer."""
 
         async def asked(
-            fields: str, contents: Sequence[Content], *, alone: bool, near: str | None
+            question: str, requests: Sequence[Request], *, alone: bool, near: str | None
         ) -> AsyncGenerator[Answered]:
-            open_rows = len(contents)
+            open_rows = len(requests)
             async with self._changed:
                 # One block more than fits: there has to be a whole one waiting when the last row of another ends.
                 await self._changed.wait_for(lambda: self._over or self._rows < self.most_rows)
@@ -111,7 +111,7 @@ class Window:
                     raise asyncio.CancelledError("the task has ended before this was asked")
                 self._rows += open_rows
             try:
-                async with aclosing(ask(fields, contents, alone=alone, near=near)) as parts:
+                async with aclosing(ask(question, requests, alone=alone, near=near)) as parts:
                     async for part in parts:
                         if part:
                             open_rows -= len(part)

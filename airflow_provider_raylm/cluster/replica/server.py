@@ -22,7 +22,7 @@ from ray.llm._internal.serve.constants import ENV_VARS_TO_PROPAGATE
 from ray.serve.llm.deployment import LLMServer
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.cluster.batch.rows import Content, Part
+from airflow_provider_raylm.cluster.batch.exchange import Part, Request
 from airflow_provider_raylm.cluster.engine.llm import hang_timeout, llm_config
 from airflow_provider_raylm.cluster.replica import secret_env
 from airflow_provider_raylm.cluster.replica.admission import Admission, Door
@@ -140,22 +140,22 @@ class BlockLLMServer(LLMServer):
     async def run_block(
         self,
         *,
-        fields: str,
-        contents: list[Content],
+        question: str,
+        requests: list[Request],
         task: str,
         timeout: float | None,
         caller: Any = None,
         alone: bool = False,
         near: str | None = None,
     ) -> AsyncIterator[Part]:
-        """Answer one request per element of *contents*, in parts as the answers come.
+        """Answer one request per element of *requests*, in parts as the answers come.
 
         A row that was refused, or ran out of its time, is a ``Refusal``. Cancelling the call aborts what is still
         running, and so does the caller's death.
 
         Args:
-            fields: what the requests share: an OpenAI request as JSON text, without prompt or messages.
-            contents: a prompt (completion request) or messages (chat request) for each row.
+            question: what the requests share, as JSON text with the kind of question it is.
+            requests: what is each row's own.
             task: whose rows they are; the engine's places are shared between tasks, not between rows.
             timeout: seconds that a row may be in the engine; None for as long as it gets tokens.
             caller: handle of the actor that waits for the answers.
@@ -167,7 +167,7 @@ class BlockLLMServer(LLMServer):
             BatchError: it refuses what the requests share.
         """
         with self._callers.waiting(caller), self._admission.block(task, alone) as door:
-            rows = await self._questions.rows(fields, contents, timeout)
+            rows = await self._questions.rows(question, requests, timeout)
             door = partial(self._proven, door) if alone else door
             async with aclosing(in_parts(self._replica, rows, self._admission, door)) as parts:
                 try:

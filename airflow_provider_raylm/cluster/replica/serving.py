@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
-from airflow_provider_raylm.cluster.batch.rows import Outcome, Part
+from airflow_provider_raylm.cluster.batch.exchange import Outcome, Part
 from airflow_provider_raylm.cluster.replica.admission import Admission, Door, Enter
 
 # A part is said so often, with answers or without.

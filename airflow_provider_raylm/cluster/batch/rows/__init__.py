@@ -1,0 +1,59 @@
+"""From a row to what the engine is asked, and from its answer to columns: one class for each kind of question.
+
+A kind stands in ``KINDS`` under the field of ``Step`` that asks it. The stage knows none: it takes what
+``compile_step`` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal, Request
+from airflow_provider_raylm.cluster.batch.rows.generation import Generation
+from airflow_provider_raylm.cluster.batch.rows.templates import Row
+from airflow_provider_raylm.specs import Step
+
+
+class Question(Protocol):
+    """One step of a task: what is asked of each row, and the columns that the answers become."""
+
+    @property
+    def question(self) -> str:
+        """What the requests of all rows share, as JSON text with the ``kind`` that the replica knows it by."""
+
+    @property
+    def columns(self) -> Sequence[pa.Field]:
+        """What an answer becomes."""
+
+    @property
+    def reasks(self) -> int:
+        """New tries for a row whose answer is refused."""
+
+    def request(self, row: Row) -> Request:
+        """Return what is a row's own in its request; raises RowError."""
+
+    def read(self, answer: Answer) -> dict[str, Any] | Refusal:
+        """Return an answer as the values of the columns, or why it is none."""
+
+    def again(self, request: Request, answer: Answer, refusal: Refusal) -> Request:
+        """Return what a row is asked after an answer that was refused."""
+
+
+KINDS: dict[str, Callable[[Step, str], Question]] = {"prompt": Generation, "messages": Generation}
+
+
+def compile_step(step: Step, model: str) -> Question:
+    """Return a step as the stage works with it.
+
+    Args:
+        step: what the author says.
+        model: the engine's served model name.
+
+    Raises:
+        BatchError: it names what cannot be imported, or a schema that is none.
+    """
+    kind = next(kind for field, kind in KINDS.items() if getattr(step, field, None) is not None)
+    return kind(step, model)

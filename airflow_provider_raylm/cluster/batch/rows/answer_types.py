@@ -1,0 +1,120 @@
+"""What an answer's text has to be: any text, one of a few, text that matches, or a value of a JSON Schema.
+
+The engine is held to it while it writes (vLLM's structured outputs), and what it wrote is checked: an answer may be cut
+off, and no grammar knows all that a schema says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from jsonschema import exceptions, validators
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+from airflow_provider_raylm.cluster.batch.loading import load
+from airflow_provider_raylm.cluster.batch.rows.arrow_types import Unfit, shape_of
+from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.specs import Step
+
+
+@dataclass(frozen=True)
+class AnswerType:
+    """How a text becomes a value.
+
+    Attributes:
+        type: Arrow's type of the value.
+        read: takes the text, and raises Unfit when that is none.
+        constraint: what vLLM is told (its ``structured_outputs``); None for any text.
+    """
+
+    type: pa.DataType
+    read: Callable[[str], Any]
+    constraint: dict[str, Any] | None = None
+
+
+def answer_type(step: Step) -> AnswerType:
+    """Return what a step's answers have to be.
+
+    Raises:
+        BatchError: its schema is none, or its model cannot be imported.
+    """
+    if step.output_schema is not None:
+        return _typed(step.output_schema)
+    if step.choice is not None:
+        return AnswerType(pa.string(), lambda text: _one_of(text, step.choice), {"choice": list(step.choice)})
+    if step.regex is not None:
+        pattern = re.compile(step.regex)
+        return AnswerType(pa.string(), lambda text: _matching(text, pattern), {"regex": step.regex})
+    return AnswerType(pa.string(), str, {"grammar": step.grammar} if step.grammar is not None else None)
+
+
+def _one_of(text: str, choice: Any) -> str:
+    if text not in choice:
+        raise Unfit(f"{text[:60]!r} is none of {', '.join(map(repr, choice))}")
+    return text
+
+
+def _matching(text: str, pattern: re.Pattern[str]) -> str:
+    if not pattern.fullmatch(text):
+        raise Unfit(f"{text[:60]!r} does not match {pattern.pattern}")
+    return text
+
+
+def _typed(schema: Any) -> AnswerType:
+    if isinstance(schema, str):
+        return _of_model(schema)
+    kind = validators.validator_for(schema, validators.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except exceptions.SchemaError as error:
+        where = "".join(f".{part}" for part in error.absolute_path)
+        raise BatchError(f"output_schema{where}: {error.message}") from None
+    validator = kind(schema, format_checker=kind.FORMAT_CHECKER)
+    shape = shape_of(schema)
+
+    def read(text: str) -> Any:
+        value = _json(text)
+        error = exceptions.best_match(validator.iter_errors(value))
+        if error is not None:
+            where = ".".join(map(str, error.absolute_path))
+            raise Unfit(f"{where}: {error.message}" if where else error.message)
+        return shape(value)
+
+    return AnswerType(shape.type, read, {"json": schema})
+
+
+def _of_model(path: str) -> AnswerType:
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(load("output_schema", path))
+        asked, written = (adapter.json_schema(mode=mode) for mode in ("validation", "serialization"))
+    except PydanticUserError as error:
+        raise BatchError(f"output_schema: {path} is no type that pydantic knows: {error}") from None
+    shape = shape_of(written)
+
+    def read(text: str) -> Any:
+        _json(text)
+        try:
+            value = adapter.validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise Unfit(f"{where}: {first['msg']}" if where else first["msg"]) from None
+        return shape(adapter.dump_python(value, mode="json", by_alias=True))
+
+    return AnswerType(shape.type, read, {"json": asked})
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise Unfit(f"it is no JSON: {error}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is none of JSON's numbers")

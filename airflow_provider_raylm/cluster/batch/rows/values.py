@@ -1,0 +1,46 @@
+"""Columns as Python values: which a step needs, and which of them have none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+from airflow_provider_raylm.cluster.batch.exchange import Refusal
+from airflow_provider_raylm.specs import Step
+
+UNREADABLE = (ValueError, OverflowError, KeyError, pa.ArrowException)
+"""What pyarrow raises of a value that Python has none for: no text, a year past 9999, an unknown time zone."""
+
+
+def missing_columns(steps: Iterable[Step], available: Iterable[str]) -> list[str]:
+    """Return the columns that steps use and no column or earlier step provides, sorted."""
+    known = set(available)
+    missing: set[str] = set()
+    for step in steps:
+        missing |= step.columns_used - known
+        known.update(step.output_columns)
+    return sorted(missing)
+
+
+def values(table: pa.Table, columns: Iterable[str]) -> tuple[list[dict[str, Any]], dict[int, Refusal]]:
+    """Return the rows of a table with the values of some columns, and by number the rows in which one has none."""
+    found: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
+    bad: dict[int, Refusal] = {}
+    for name in columns:
+        try:
+            column = table[name].to_pylist()
+        except UNREADABLE:
+            column = [_value(name, value, number, bad) for number, value in enumerate(table[name])]
+        for row, value in zip(found, column, strict=True):
+            row[name] = value
+    return found, bad
+
+
+def _value(name: str, value: pa.Scalar, number: int, bad: dict[int, Refusal]) -> Any:
+    try:
+        return value.as_py()
+    except UNREADABLE as error:
+        bad.setdefault(number, Refusal("unreadable_value", f"column {name!r}: {error}"))
+        return None

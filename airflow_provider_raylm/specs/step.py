@@ -1,0 +1,212 @@
+"""One question to the model per row: what an author says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+
+from pydantic import Field, GetCoreSchemaHandler, JsonValue, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+from airflow_provider_raylm.specs.base import RESERVED_PREFIX, JsonObject, Value
+
+PLACEHOLDER = re.compile(r"\$\$\{|\$\{([^{}]+)\}")
+"""``$${`` stands for ``${``, ``${column}`` for a row's value."""
+_COLUMN = re.compile(r"\$\{([^{}]+)\}")
+
+Kept = Literal["reasoning", "tool_calls", "logprobs", "token_ids", "prompt_token_ids"]
+"""What an answer has beside its text."""
+
+
+def placeholders(template: str) -> list[str]:
+    """Return the column names in *template*, in order of appearance."""
+    return [match.group(1) for match in PLACEHOLDER.finditer(template) if match.group(1)]
+
+
+def column_of(value: object) -> str | None:
+    """Return the column that a field is told by (``"${column}"``, and nothing else), or None."""
+    match = _COLUMN.fullmatch(value) if isinstance(value, str) else None
+    return match and match.group(1)
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """Lets a field be ``"${column}"`` instead of a value; then each row tells the value.
+
+    Args:
+        kind: the type of a value.
+    """
+
+    kind: Any
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Tell the two apart before either is looked at, so that an error speaks of what was meant."""
+        # Names in brackets are left out of errors.
+        schema: CoreSchema = core_schema.tagged_union_schema(
+            {"[value]": handler.generate_schema(self.kind), "[column]": core_schema.str_schema()},
+            discriminator=lambda given: "[value]" if column_of(given) is None else "[column]",
+        )
+        return core_schema.nullable_schema(schema) if type(None) in get_args(source) else schema
+
+
+Turn = Annotated[dict[str, str] | str, PerRow(dict[str, str])]
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Step(Value):
+    """One question to the model per row: a prompt (completion) or messages (chat), how to sample, what to keep.
+
+    ``${column}`` in a template stands for the row's value of that column; ``$${`` is a literal ``${``; a ``$``
+    without a brace is text. A sampling field may be ``"${column}"``, too: each row has its own value then. A value left
+    out is the model's own default, as vLLM serves it.
+    """
+
+    prompt: str | None = Field(None, description="Template of a completion request.")
+    messages: Annotated[tuple[Turn, ...] | str | None, PerRow(tuple[Turn, ...])] = Field(
+        None,
+        description="A chat request: dicts with role and content (templates); `${column}` stands for a row's turns.",
+    )
+    output_column: str = Field("response", min_length=1, description="Column that receives the answer.")
+    max_tokens: Annotated[int | str, PerRow(Count)] = Field(256, description="New tokens per row, at most.")
+    temperature: Annotated[float | str | None, PerRow(NotNegative)] = None
+    top_p: Annotated[float | str | None, PerRow(PositiveShare)] = None
+    top_k: Annotated[int | str | None, PerRow(Annotated[int, Field(ge=-1)])] = None
+    min_p: Annotated[float | str | None, PerRow(Share)] = None
+    seed: Annotated[int | str | None, PerRow(int)] = None
+    stop: Annotated[tuple[str, ...] | str | None, PerRow(tuple[str, ...])] = None
+    presence_penalty: Annotated[float | str | None, PerRow(Penalty)] = None
+    frequency_penalty: Annotated[float | str | None, PerRow(Penalty)] = None
+    repetition_penalty: Annotated[float | str | None, PerRow(Positive)] = None
+    ignore_eos: Annotated[bool | str | None, PerRow(bool)] = None
+    n: int = Field(1, ge=1, description="Answers per row; above 1 the column is a list.")
+    output_schema: JsonObject | str | None = Field(
+        None, description="JSON Schema, or package.module:Model (pydantic): the answer is a value of its type."
+    )
+    choice: tuple[str, ...] | None = Field(None, min_length=1, description="The answer is one of these.")
+    regex: str | None = Field(None, description="The answer matches this expression.")
+    grammar: str | None = Field(None, description="The answer follows this grammar, as vLLM reads it.")
+    reasks: int = Field(
+        1, ge=0, description="New tries for an answer that does not fit output_schema, choice or regex."
+    )
+    on_length: Literal["write", "fail"] = Field(
+        "write", description="What becomes of a row whose answer is cut off by max_tokens."
+    )
+    keep: tuple[Kept, ...] = Field(
+        (), description="What of the answer has a column of its own, named <output_column>_<name>."
+    )
+    extra_body: JsonObject = Field(
+        default_factory=dict,
+        description="Further fields of vLLM's OpenAI request, e.g. chat_template_kwargs.",
+    )
+
+    sampling_fields: ClassVar[tuple[str, ...]] = (
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "ignore_eos",
+    )
+    constraints: ClassVar[tuple[str, ...]] = ("output_schema", "choice", "regex", "grammar")
+    _not_in_extra_body: ClassVar[frozenset[str]] = frozenset(
+        {
+            *(*sampling_fields, "model", "prompt", "messages", "stream", "n", "best_of", "echo", "request_id"),
+            *("session_id", "max_completion_tokens", "use_beam_search"),
+        }
+    )
+    # What is paid for and has to be kept, then.
+    _kept_by: ClassVar[dict[str, Kept]] = {
+        "logprobs": "logprobs",
+        "top_logprobs": "logprobs",
+        "tools": "tool_calls",
+        "return_token_ids": "token_ids",
+    }
+    _never_kept: ClassVar[frozenset[str]] = frozenset({"prompt_logprobs", "return_tokens_as_token_ids"})
+
+    @model_validator(mode="after")
+    def _well_formed(self) -> Self:
+        for message in self.messages if isinstance(self.messages, tuple) else ():
+            if isinstance(message, dict) and set(message) != {"role", "content"}:
+                raise ValueError(f"messages: each needs role and content, got {sorted(message)}")
+        if self.output_column.startswith(RESERVED_PREFIX):
+            raise ValueError(f"output_column: the prefix {RESERVED_PREFIX!r} is reserved")
+        self._check_extra_body()
+        self._check_constraint()
+        if "tool_calls" in self.keep and self.prompt is not None:
+            raise ValueError("keep: tool_calls are a chat's; ask with messages")
+        if "reasoning" in self.keep and self.prompt is not None:
+            raise ValueError("keep: reasoning is a chat's; ask with messages")
+        return self
+
+    def _check_extra_body(self) -> None:
+        refused = sorted(self._not_in_extra_body & set(self.extra_body))
+        if refused:
+            raise ValueError(f"extra_body.{refused[0]}: not accepted here")
+        for name in self.extra_body:
+            kept = self._kept_by.get(name)
+            if kept is not None and kept not in self.keep:
+                raise ValueError(f"extra_body.{name}: its result would be dropped; add keep=[{kept!r}] or leave it out")
+            if name in self._never_kept:
+                raise ValueError(f"extra_body.{name}: its result has no column, so it would be paid for and dropped")
+
+    def _check_constraint(self) -> None:
+        given = [name for name in self.constraints if getattr(self, name) is not None]
+        given += [f"extra_body.{name}" for name in ("structured_outputs", "response_format") if name in self.extra_body]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: the answer is held to {given[0]} already; give one of them")
+        if isinstance(self.output_schema, str) and not re.fullmatch(r"[\w.]+:\w+", self.output_schema):
+            raise ValueError(
+                f"output_schema: expected a JSON Schema or package.module:Model, got {self.output_schema!r}"
+            )
+        if self.regex is not None:
+            try:
+                re.compile(self.regex)
+            except re.error as error:
+                raise ValueError(f"regex: {error}") from None
+        checked = any(getattr(self, name) is not None for name in ("output_schema", "choice", "regex"))
+        if self.reasks != type(self).model_fields["reasks"].default and not checked:
+            raise ValueError("reasks: only for answers that are held to output_schema, choice or regex")
+
+    @property
+    def parameters(self) -> dict[str, JsonValue]:
+        """Sampling fields whose value all rows share."""
+        chosen = self.model_dump(mode="json", include=set(self.sampling_fields), exclude_none=True)
+        return {name: value for name, value in chosen.items() if name not in self.row_parameters}
+
+    @property
+    def row_parameters(self) -> dict[str, str]:
+        """Sampling fields that each row tells, with the column that does."""
+        found = {name: column_of(getattr(self, name)) for name in self.sampling_fields}
+        return {name: column for name, column in found.items() if column is not None}
+
+    @property
+    def templates(self) -> Iterator[str]:
+        """Every template of the question."""
+        if self.prompt is not None:
+            yield self.prompt
+        turns = (self.messages,) if isinstance(self.messages, str) else self.messages or ()
+        for turn in turns:
+            yield turn if isinstance(turn, str) else turn["content"]
+
+    @property
+    def columns_used(self) -> frozenset[str]:
+        """Names of the columns that the question needs."""
+        named = {name for template in self.templates for name in placeholders(template)}
+        return frozenset(named | set(self.row_parameters.values()))
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """Names of the columns that the answer becomes."""
+        return (self.output_column, *(f"{self.output_column}_{name}" for name in self.keep))
