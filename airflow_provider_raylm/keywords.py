@@ -101,6 +101,7 @@ class EngineFields(TypedDict, total=False):
     served_name: Later | None
     tokenizer: Later | None
     engine_kwargs: Mapping[str, Any] | Later
+    task: Literal["generate", "embed", "classify", "score"] | Later
     accelerator_type: Later | None
     gpus: float | Later
     cpus: float | Later
@@ -123,6 +124,9 @@ class BatchFields(TypedDict, total=False):
 
     prompt: Later | None
     messages: Sequence[Mapping[str, Any] | Later] | Later | None
+    embed: Later | None
+    classify: Later | None
+    score: tuple[Later, Later] | Sequence[Any] | Later | None
     output_column: Later
     max_tokens: int | Later
     temperature: float | Later | None
@@ -143,6 +147,10 @@ class BatchFields(TypedDict, total=False):
     reasks: int | Later
     on_length: Literal["write", "fail"] | Later
     keep: Sequence[Literal["reasoning", "tool_calls", "logprobs", "token_ids", "prompt_token_ids"] | Later] | Later
+    dimensions: int | Later | None
+    normalize: bool | Later | None
+    vector_type: Literal["float32", "float16"] | Later
+    probabilities: bool | Later
     extra_body: Mapping[str, Any] | Later
     source: Place | Sequence[Place] | Mapping[str, Any]
     source_format: Literal["parquet", "jsonl", "csv", "text"] | Later | None

@@ -122,6 +122,17 @@ class FakeRayJobs:
             **counts,
         }
 
+    def columns(self, task_id: str) -> dict[str, str]:
+        """Return the columns that the answers of the task *task_id* become, and their Arrow types as text.
+
+        Needs pyarrow, and jsonschema for an ``output_schema``. An embedding without ``dimensions`` has as many numbers
+        as the model gives; here it is a list of any size.
+        """
+        from airflow_provider_raylm.cluster.batch.rows import compile_step
+
+        made = [column for step in self.batches[task_id].all_steps for column in compile_step(step, "").columns]
+        return {column.name: str(column.type) for column in made}
+
     def fail(self, task_id: str, error: RayLMError) -> None:
         """Let the next job of the task *task_id* fail with *error*; call again to fail the one after it, too."""
         self._failures.setdefault(task_id, []).append(error)
@@ -227,6 +238,7 @@ class FakeRayJobs:
         if "redeploy" in payload and ref.application not in self._engines:
             self._deploy({"engine": payload["redeploy"], "labels": ref.labels, "replace": False}, request)
         engine = self._engines.get(ref.application)
+        spec.require_task(ref.task)
         if engine is None:
             raise EngineGone(f"The engine {ref.application} is gone. Clear the deploy task together with this one.")
         report = BatchReport(
@@ -279,6 +291,7 @@ def _reference(application: str, engine: _Engine) -> EngineRef:
         version=__version__,
         labels=engine.labels,
         lease=engine.spec.lease,
+        task=engine.spec.task,
         replicas=engine.spec.max_replicas,
         runtime_env=engine.spec.runtime_env,
         deployed_at=engine.deployed_at,

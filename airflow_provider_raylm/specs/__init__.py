@@ -6,7 +6,7 @@ plain JSON on the wire, so that the worker, the cluster and a unit test see the 
 
 from airflow_provider_raylm.specs.base import RESERVED_PREFIX, SpecT, Value, build, check_unrendered, read_json_text
 from airflow_provider_raylm.specs.batch import BatchSpec, Format, OutputFormat
-from airflow_provider_raylm.specs.engine import EngineQuery, EngineRef, EngineSpec, Labels, Lease
+from airflow_provider_raylm.specs.engine import EngineQuery, EngineRef, EngineSpec, EngineTask, Labels, Lease
 from airflow_provider_raylm.specs.reports import (
     BatchReport,
     EngineInfo,
@@ -28,6 +28,7 @@ __all__ = [
     "EngineRef",
     "EngineSeconds",
     "EngineSpec",
+    "EngineTask",
     "EngineUsage",
     "Format",
     "Labels",

@@ -9,8 +9,9 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from airflow_provider_raylm.specs.engine import EngineTask
 from airflow_provider_raylm.specs.reports import BatchReport
-from airflow_provider_raylm.specs.step import Step
+from airflow_provider_raylm.specs.step import Step, require_kind
 
 Format = Literal["parquet", "jsonl", "csv", "text"]
 OutputFormat = Literal["parquet", "jsonl"]
@@ -40,8 +41,8 @@ def _folder(uri: str) -> str:
 class BatchSpec(Step):
     """One inference task: which rows, what to ask, where the answers go.
 
-    Either ``prompt`` or ``messages`` for one question per row, or ``steps`` for several: they run in one
-    pipeline on the same engine, and each step sees the columns that the earlier ones produced.
+    Either the fields of a ``Step`` for one question per row, or ``steps`` for several: they run in one pipeline on the
+    same engine, and each step sees the columns that the earlier ones produced.
     """
 
     source: Annotated[str | tuple[str, ...], BeforeValidator(_output_of_report)] = Field(
@@ -98,10 +99,10 @@ class BatchSpec(Step):
 
     @model_validator(mode="after")
     def _one_question_per_step(self) -> Self:
-        if [self.prompt is not None, self.messages is not None, bool(self.steps)].count(True) != 1:
-            raise ValueError("give exactly one of prompt, messages and steps")
+        if len(self._asked) + bool(self.steps) != 1:
+            raise ValueError(f"give exactly one of {', '.join(self.kinds)} and steps")
         self._check_steps()
-        if self.deduplicate and any(step.temperature != 0 for step in self.all_steps):
+        if self.deduplicate and not all(step.is_determined for step in self.all_steps):
             raise ValueError("deduplicate: needs temperature 0 in every step; sampled answers differ from row to row")
         for field in ("preprocess", "postprocess"):
             path = getattr(self, field)
@@ -114,21 +115,17 @@ class BatchSpec(Step):
         return self
 
     def _check_steps(self) -> None:
-        beside = [name for name in Step.model_fields if name != "steps" and self._differs(name)] if self.steps else []
+        beside = [name for name in Step.model_fields if self.differs(name)] if self.steps else []
         if beside:
             raise ValueError(f"{beside[0]}: has no effect beside steps; give it to each step that it is for")
         produced: set[str] = set()
         for step in self.all_steps:
-            if (step.prompt is None) == (step.messages is None):
-                raise ValueError("steps: each needs exactly one of prompt and messages")
+            if len(step._asked) != 1:
+                raise ValueError(f"steps: each needs exactly one of {', '.join(self.kinds)}")
             for column in step.output_columns:
                 if column in produced:
                     raise ValueError(f"steps: output_column {column!r} appears twice")
                 produced.add(column)
-
-    def _differs(self, name: str) -> bool:
-        field = type(self).model_fields[name]
-        return bool(getattr(self, name) != field.get_default(call_default_factory=True))
 
     def _check_places(self) -> None:
         if self.quarantine_uri == self.output:
@@ -153,6 +150,15 @@ class BatchSpec(Step):
             raise ValueError(f"encoding: Python knows none of the name {self.encoding!r}") from None
         if codecs.lookup(self.encoding).name != "utf-8" and self.source_format == "parquet":
             raise ValueError("encoding: a Parquet file tells its own")
+
+    def require_task(self, task: EngineTask) -> None:
+        """Check that an engine can be asked all this.
+
+        Raises:
+            SpecError: it is loaded for something else.
+        """
+        for step in self.all_steps:
+            require_kind(step.kind, task)
 
     @property
     def all_steps(self) -> tuple[Step, ...]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from airflow_provider_raylm.specs.base import JsonObject, Value
 from airflow_provider_raylm.specs.runtime_env import RuntimeEnv
+
+EngineTask = Literal["generate", "embed", "classify", "score"]
+"""What an engine is loaded for."""
 
 
 class Lease(Value):
@@ -35,6 +38,9 @@ class EngineSpec(Value):
     tokenizer: str | None = Field(None, description="Tokenizer other than the model's own.")
     engine_kwargs: JsonObject = Field(
         default_factory=dict, description="vLLM engine arguments, by vLLM's own names (e.g. max_model_len)."
+    )
+    task: EngineTask = Field(
+        "generate", description="What the engine is asked for: text, or what an encoder or reranker gives."
     )
     accelerator_type: str | None = Field(None, description="Ray's name of the accelerator, e.g. H100.")
     gpus: float = Field(1, ge=0, description="GPU of each vLLM worker: 1, a fraction of a shared one, or 0 for CPUs.")
@@ -82,6 +88,8 @@ class EngineSpec(Value):
         "model": "set EngineSpec.model instead",
         "tokenizer": "set EngineSpec.tokenizer instead",
         "served_model_name": "set EngineSpec.served_name instead",
+        "runner": "set EngineSpec.task instead",
+        "task": "set EngineSpec.task instead",
         "tensor_parallel_size": "set EngineSpec.tensor_parallel_size instead",
         "pipeline_parallel_size": "set EngineSpec.pipeline_parallel_size instead",
         "prefill_context_parallel_size": "Ray reserves no GPUs for it; set EngineSpec.tensor_parallel_size instead",
@@ -161,7 +169,8 @@ class EngineSpec(Value):
     def answers_from(self) -> dict[str, object]:
         """What an answer depends on; another number of replicas, environment or waiting time gives the same."""
         chosen = {name: value for name, value in self.engine_kwargs.items() if name not in self._not_in_answers}
-        return {"model": self.model, "tokenizer": self.tokenizer, "engine_kwargs": chosen}
+        task = {} if self.task == "generate" else {"task": self.task}
+        return {"model": self.model, "tokenizer": self.tokenizer, "engine_kwargs": chosen, **task}
 
     @property
     def workers(self) -> int:
@@ -207,7 +216,9 @@ class EngineRef(Value):
     version: str = Field("", description="Version of this package that deployed it.")
     labels: Labels
     lease: Lease
+    task: EngineTask = "generate"
     replicas: int = Field(1, description="Replicas of the engine, at most.")
+    vector_size: int = Field(0, description="Numbers of an embedding; 0 for an engine that does not embed.")
     runtime_env: RuntimeEnv = Field(RuntimeEnv(), description="Its own: the tasks on it get the same.")
     dashboard_url: str = ""
     adopted: bool = Field(False, description="True when it was already running.")

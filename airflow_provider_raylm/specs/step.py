@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import Field, GetCoreSchemaHandler, JsonValue, model_validator
 from pydantic_core import CoreSchema, core_schema
 
+from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.specs.base import RESERVED_PREFIX, JsonObject, Value
 
 PLACEHOLDER = re.compile(r"\$\$\{|\$\{([^{}]+)\}")
@@ -51,6 +52,33 @@ class PerRow:
         return core_schema.nullable_schema(schema) if type(None) in get_args(source) else schema
 
 
+_KINDS_OF_TASKS: dict[str, tuple[str, ...]] = {
+    "generate": ("prompt", "messages"),
+    # Two embeddings have a score, too.
+    "embed": ("embed", "score"),
+    "classify": ("classify",),
+    "score": ("score",),
+}
+
+
+def require_kind(kind: str, task: str) -> None:
+    """Check that an engine can be asked a kind of question.
+
+    Args:
+        kind: the field of a Step that asks it.
+        task: what the engine is loaded for.
+
+    Raises:
+        SpecError: it cannot; the text says what can.
+    """
+    if kind not in _KINDS_OF_TASKS[task]:
+        able = [name for name, kinds in _KINDS_OF_TASKS.items() if kind in kinds]
+        raise SpecError(
+            f"{kind}: this engine is loaded for task={task!r}, which answers {' and '.join(_KINDS_OF_TASKS[task])}; "
+            f"deploy one with task={' or '.join(map(repr, able))}"
+        )
+
+
 Turn = Annotated[dict[str, str] | str, PerRow(dict[str, str])]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -61,7 +89,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Step(Value):
-    """One question to the model per row: a prompt (completion) or messages (chat), how to sample, what to keep.
+    """One question to the model per row: a prompt (completion), messages (chat), or a text to embed, classify or score.
 
     ``${column}`` in a template stands for the row's value of that column; ``$${`` is a literal ``${``; a ``$``
     without a brace is text. A sampling field may be ``"${column}"``, too: each row has its own value then. A value left
@@ -72,6 +100,11 @@ class Step(Value):
     messages: Annotated[tuple[Turn, ...] | str | None, PerRow(tuple[Turn, ...])] = Field(
         None,
         description="A chat request: dicts with role and content (templates); `${column}` stands for a row's turns.",
+    )
+    embed: str | None = Field(None, description="Template of a text whose embedding is asked for.")
+    classify: str | None = Field(None, description="Template of a text whose class is asked for.")
+    score: tuple[str, str] | None = Field(
+        None, description="Templates of two texts: how well the second fits the first."
     )
     output_column: str = Field("response", min_length=1, description="Column that receives the answer.")
     max_tokens: Annotated[int | str, PerRow(Count)] = Field(256, description="New tokens per row, at most.")
@@ -101,11 +134,23 @@ class Step(Value):
     keep: tuple[Kept, ...] = Field(
         (), description="What of the answer has a column of its own, named <output_column>_<name>."
     )
+    dimensions: int | None = Field(None, ge=1, description="Numbers of an embedding, where the model offers fewer.")
+    normalize: bool | None = Field(None, description="Whether embeddings are of length 1; default: the model's own.")
+    vector_type: Literal["float32", "float16"] = Field("float32", description="Type of an embedding's numbers.")
+    probabilities: bool = Field(False, description="All classes with their probabilities, instead of the likeliest.")
     extra_body: JsonObject = Field(
         default_factory=dict,
         description="Further fields of vLLM's OpenAI request, e.g. chat_template_kwargs.",
     )
 
+    kinds: ClassVar[tuple[str, ...]] = ("prompt", "messages", "embed", "classify", "score")
+    # What one kind alone heeds; prompt and messages heed all others.
+    _of_kinds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "embed": ("dimensions", "normalize", "vector_type"),
+        "classify": ("probabilities",),
+        "score": (),
+    }
+    _of_all: ClassVar[tuple[str, ...]] = ("output_column", "extra_body")
     sampling_fields: ClassVar[tuple[str, ...]] = (
         "max_tokens",
         "temperature",
@@ -142,13 +187,44 @@ class Step(Value):
                 raise ValueError(f"messages: each needs role and content, got {sorted(message)}")
         if self.output_column.startswith(RESERVED_PREFIX):
             raise ValueError(f"output_column: the prefix {RESERVED_PREFIX!r} is reserved")
+        self._check_kind()
         self._check_extra_body()
         self._check_constraint()
-        if "tool_calls" in self.keep and self.prompt is not None:
-            raise ValueError("keep: tool_calls are a chat's; ask with messages")
-        if "reasoning" in self.keep and self.prompt is not None:
-            raise ValueError("keep: reasoning is a chat's; ask with messages")
+        for name in ("reasoning", "tool_calls"):
+            if name in self.keep and self.prompt is not None:
+                raise ValueError(f"keep: {name!r} is a chat's; ask with messages")
         return self
+
+    @property
+    def kind(self) -> str:
+        """The field that asks the question."""
+        return self._asked[0]
+
+    @property
+    def _asked(self) -> list[str]:
+        return [kind for kind in self.kinds if getattr(self, kind) is not None]
+
+    @property
+    def is_determined(self) -> bool:
+        """Whether equal questions have equal answers."""
+        return self.temperature == 0 or bool({"embed", "classify", "score"} & set(self._asked))
+
+    def _check_kind(self) -> None:
+        """Refuse what the kind of question does not heed; which kind it is, is checked where all is known."""
+        asked = self._asked
+        if len(asked) != 1:
+            return
+        pooled = {name for names in self._of_kinds.values() for name in names}
+        heeded = {*self._of_all, *self.kinds}
+        heeded |= set(self._of_kinds[asked[0]]) if asked[0] in self._of_kinds else set(Step.model_fields) - pooled
+        for name in Step.model_fields:
+            if name not in heeded and self.differs(name):
+                raise ValueError(f"{name}: has no effect on {asked[0]}; leave it out")
+
+    def differs(self, name: str) -> bool:
+        """Return whether a field has another value than its default."""
+        field = type(self).model_fields[name]
+        return bool(getattr(self, name) != field.get_default(call_default_factory=True))
 
     def _check_extra_body(self) -> None:
         refused = sorted(self._not_in_extra_body & set(self.extra_body))
@@ -194,8 +270,9 @@ class Step(Value):
     @property
     def templates(self) -> Iterator[str]:
         """Every template of the question."""
-        if self.prompt is not None:
-            yield self.prompt
+        for text in (self.prompt, self.embed, self.classify, *(self.score or ())):
+            if text is not None:
+                yield text
         turns = (self.messages,) if isinstance(self.messages, str) else self.messages or ()
         for turn in turns:
             yield turn if isinstance(turn, str) else turn["content"]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pyarrow as pa
 import pytest
@@ -197,7 +198,7 @@ def test_a_kind_of_its_own(monkeypatch):
         columns = (pa.field("letters", pa.int64()),)
         reasks = 0
 
-        def __init__(self, step, model):
+        def __init__(self, step, model, vector_size):
             self.column = step.count
 
         def request(self, row):
@@ -207,6 +208,7 @@ def test_a_kind_of_its_own(monkeypatch):
             return {"letters": answer.value}
 
     class CountStep(Step):
+        kinds: ClassVar = (*Step.kinds, "count")
         count: str | None = None
 
     async def ask(question, requests, near):

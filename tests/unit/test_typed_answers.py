@@ -173,7 +173,7 @@ def test_a_schema_that_is_none_ends_the_task(schema, words):
         ({"output_schema": "Review"}, "output_schema: expected a JSON Schema or package.module:Model"),
         ({"regex": "("}, "regex: "),
         ({"reasks": 2}, "reasks: only for answers that are held to"),
-        ({"keep": ["reasoning"]}, "keep: reasoning is a chat's"),
+        ({"keep": ["reasoning"]}, "keep: 'reasoning' is a chat's"),
         ({"extra_body": {"logprobs": 3}}, r"extra_body.logprobs: its result would be dropped; add keep=\['logprobs'\]"),
         ({"extra_body": {"tools": []}}, "tool_calls"),
         ({"extra_body": {"prompt_logprobs": 1}}, "has no column"),

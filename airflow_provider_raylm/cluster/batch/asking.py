@@ -26,7 +26,6 @@ from airflow_provider_raylm.specs import EngineRef
 SILENT_S = 300.0
 PING_TIMEOUT_S = 40.0
 PING_PERIOD_S = 2.0
-ABOUT_TIMEOUT_S = 60.0
 # What a call through the handle raises when the engine or its replica is at fault.
 ENGINE_FAILURES = (EngineError, RayError, RayServeException)
 
@@ -149,7 +148,7 @@ class Handle:
         return found
 
     def _about(self) -> Engine:
-        answers = self._handle.broadcast("about").results(timeout_s=ABOUT_TIMEOUT_S, return_exceptions=True)
+        answers = self._handle.broadcast("about").results(timeout_s=status.ABOUT_TIMEOUT_S, return_exceptions=True)
         abouts = [answer for answer in answers if isinstance(answer, dict)]
         if not abouts:
             raise next((one for one in answers if isinstance(one, Exception)), EngineError("it has no replica"))

@@ -66,7 +66,9 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say, redeploy: EngineSpec | None
         EngineError: the engine is gone or failed.
         BatchError: the source, its columns, the output, or more failed rows than the budget.
     """
+    spec.require_task(ref.task)
     tally = Tally()
+    ref = _with_vector_size(spec, ref, say)
 
     def answers(work: Work) -> Generator[dict[str, Any]]:
         if redeploy is not None:
@@ -80,6 +82,14 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say, redeploy: EngineSpec | None
         report = answer_source(spec, ref, answers, say, tally)
         leases.record(ref.application, report)
     return report
+
+
+def _with_vector_size(spec: BatchSpec, ref: EngineRef, say: Say) -> EngineRef:
+    """Return the reference with what a column of embeddings needs; that of a lent engine lacks it."""
+    if ref.vector_size or not any(step.embed is not None and step.dimensions is None for step in spec.all_steps):
+        return ref
+    status.wait_until_running(ref, spec.engine_timeout, say)
+    return ref.model_copy(update={"vector_size": status.vector_size(ref)})
 
 
 @contextmanager
@@ -166,7 +176,7 @@ async def _answered(work: Work, caller: Any) -> AsyncGenerator[dict[str, Any]]:
     await follow()
     recovery = Recovery(window.metered(handle.ask), lambda: handle.until_well(spec.engine_timeout))
     ask = by_prefix(recovery, lambda: len(there.replicas), lambda: there.cache_tokens)
-    answerer = BlockAnswerer(spec, ref.model, once(ask) if spec.deduplicate else ask)
+    answerer = BlockAnswerer(spec, ref.model, once(ask) if spec.deduplicate else ask, ref.vector_size)
     loop = asyncio.get_running_loop()
     looking = Periodic(
         "raylm-look",

@@ -97,15 +97,16 @@ class BlockAnswerer:
         spec: the task.
         model: the engine's served model name.
         ask: the way to the engine.
+        vector_size: how many numbers an embedding of the engine has.
 
     Raises:
         BatchError: a row function or a schema cannot be imported, or a schema is none.
     """
 
-    def __init__(self, spec: BatchSpec, model: str, ask: Ask) -> None:
+    def __init__(self, spec: BatchSpec, model: str, ask: Ask, vector_size: int = 0) -> None:
         self._spec = spec
         self._ask = ask
-        self._steps = [compile_step(step, model) for step in spec.all_steps]
+        self._steps = [compile_step(step, model, vector_size) for step in spec.all_steps]
         self._preprocess = load_function("preprocess", spec.preprocess)
         self._postprocess = load_function("postprocess", spec.postprocess)
 
@@ -277,13 +278,13 @@ def load_function(name: str, path: str | None) -> RowFunction | None:
     return None if path is None else load(name, path)
 
 
-def answer_schema(spec: BatchSpec, source: pa.Schema) -> pa.Schema:
+def answer_schema(spec: BatchSpec, source: pa.Schema, vector_size: int = 0) -> pa.Schema:
     """Return the columns of an answered row, of one that no row function has changed.
 
     Raises:
         BatchError: a step's schema is none, or cannot be imported.
     """
-    made = [column for step in spec.all_steps for column in compile_step(step, "").columns]
+    made = [column for step in spec.all_steps for column in compile_step(step, "", vector_size).columns]
     produced = {column.name for column in made}
     kept = [one for one in source if one.name not in produced and (spec.columns is None or one.name in spec.columns)]
     counts = [(PROMPT_TOKENS, pa.int64()), (COMPLETION_TOKENS, pa.int64()), (FINISH_REASON, pa.string())]

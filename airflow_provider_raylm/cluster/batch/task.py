@@ -96,7 +96,7 @@ def answer_source(
     started = time.monotonic()
     plan = plan_of(spec, say)
     mark = task_fingerprint(spec, ref, plan.fragments)
-    schema = answer_schema(spec, plan.schema)
+    schema = answer_schema(spec, plan.schema, ref.vector_size)
     output = Output(spec, mark)
     begun = output.begin(schema)
     if isinstance(begun, BatchReport):

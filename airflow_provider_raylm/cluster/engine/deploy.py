@@ -22,6 +22,7 @@ from airflow_provider_raylm import __version__
 from airflow_provider_raylm.cluster.engine import applications, leases
 from airflow_provider_raylm.cluster.engine.llm import SHUTDOWN_LOOK_S, llm_deployment
 from airflow_provider_raylm.cluster.engine.resources import Bundle, bundles, shortage, show, total
+from airflow_provider_raylm.cluster.engine.status import vector_size as _vector_size
 from airflow_provider_raylm.cluster.locks import held
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.naming import (
@@ -73,9 +74,10 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say, owned: boo
         leases.renew(name)
     seconds = time.monotonic() - started
     say(f"engine {name} is {'adopted' if adopted else 'up'} after {seconds:.0f} s")
+    vector_size = _vector_size(ref) if spec.task == "embed" else 0
     # Of one that is adopted, its lease has the reference that it was deployed with.
     adoption = {"adopted": True, "deployed_at": 0.0} if adopted else {}
-    return ref.model_copy(update={**adoption, "deploy_seconds": round(seconds, 3)})
+    return ref.model_copy(update={**adoption, "deploy_seconds": round(seconds, 3), "vector_size": vector_size})
 
 
 def redeploy(spec: EngineSpec, ref: EngineRef, say: Say) -> None:
@@ -131,6 +133,7 @@ def _reference(name: str, spec: EngineSpec, labels: Labels, mark: str) -> Engine
         version=__version__,
         labels=labels,
         lease=spec.lease,
+        task=spec.task,
         replicas=spec.max_replicas,
         runtime_env=spec.runtime_env,
         ray_version=ray.__version__,

@@ -119,6 +119,7 @@ def llm_config(spec: EngineSpec) -> Any:
             "disable_log_stats": not spec.log_engine_metrics,
             # vLLM would take a whole GPU's memory, and the next engine on it would not start.
             **({"gpu_memory_utilization": round(_MEMORY_SHARE * spec.gpus, 4)} if 0 < spec.gpus < 1 else {}),
+            **({} if spec.task == "generate" else {"runner": "pooling"}),
             **spec.engine_kwargs,
             "tensor_parallel_size": spec.tensor_parallel_size,
             "pipeline_parallel_size": spec.pipeline_parallel_size,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
@@ -16,6 +17,8 @@ from airflow_provider_raylm.specs import EngineRef
 
 # Begins what Ray Data adds to the text of whatever its stages raise: how to have it retry.
 _RAY_DATAS_ADVICE = "\nFailed to apply UDF transform"
+
+ABOUT_TIMEOUT_S = 60.0
 
 Say = Callable[[str], None]
 
@@ -76,6 +79,12 @@ def require_there(ref: EngineRef) -> None:
             f"{ref.application} is another engine by now (fingerprint {holder}, this task's {ref.fingerprint}): it was "
             "replaced. Clear this task, to use the new one."
         )
+
+
+def vector_size(ref: EngineRef) -> int:
+    """Return how many numbers an embedding of a running engine has."""
+    about = serve.get_deployment_handle(ref.deployment, ref.application).about.remote()
+    return int(about.result(timeout_s=ABOUT_TIMEOUT_S)["vector_size"])
 
 
 def trouble(application: str) -> str | None:

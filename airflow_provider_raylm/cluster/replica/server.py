@@ -81,7 +81,8 @@ class BlockLLMServer(LLMServer):
                 # vLLM's engine process dies with its reason printed, not raised.
                 reason = _last_error(log_starts) or reason
             raise EngineError(reason) from None
-        self._questions = Questions(self.engine, self.ping)
+        tasks = await self.engine._engine_client.get_supported_tasks()
+        self._questions = Questions(self.engine, self.ping, tasks)
         self._hang_timeout = hang_timeout(engine)
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._admission = Admission(self._config.scheduler_config.max_num_seqs)
@@ -96,14 +97,17 @@ class BlockLLMServer(LLMServer):
 
         ``version`` is this package's, ``replica`` the replica's id, ``capacity`` how many requests the engine works on
         at a time at most (vLLM's ``max_num_seqs``), ``cache_tokens`` how many tokens its cache of keys and values
-        holds, and ``tasks`` the outputs of the tasks that have rows here.
+        holds, ``vector_size`` how many numbers an embedding has, and ``tasks`` the outputs of the tasks that have rows
+        here.
         """
         cache = self._config.cache_config
+        caches = cache.enable_prefix_caching and cache.num_gpu_blocks
         return {
             "version": __version__,
             "replica": self._replica,
             "capacity": int(self._config.scheduler_config.max_num_seqs),
-            "cache_tokens": cache.num_gpu_blocks * cache.block_size if cache.enable_prefix_caching else 0,
+            "cache_tokens": cache.num_gpu_blocks * cache.block_size if caches else 0,
+            "vector_size": int(self._config.model_config.embedding_size),
             "tasks": self._admission.tasks,
         }
 

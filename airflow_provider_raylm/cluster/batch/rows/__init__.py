@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal, Request
 from airflow_provider_raylm.cluster.batch.rows.generation import Generation
+from airflow_provider_raylm.cluster.batch.rows.pooling import Classification, Embedding, Scoring
 from airflow_provider_raylm.cluster.batch.rows.templates import Row
 from airflow_provider_raylm.specs import Step
 
@@ -42,18 +43,24 @@ class Question(Protocol):
         """Return what a row is asked after an answer that was refused."""
 
 
-KINDS: dict[str, Callable[[Step, str], Question]] = {"prompt": Generation, "messages": Generation}
+KINDS: dict[str, Callable[[Step, str, int], Question]] = {
+    "prompt": lambda step, model, _: Generation(step, model),
+    "messages": lambda step, model, _: Generation(step, model),
+    "embed": lambda step, _, vector_size: Embedding(step, vector_size),
+    "classify": lambda step, _, vector_size: Classification(step, vector_size),
+    "score": lambda step, _, vector_size: Scoring(step, vector_size),
+}
 
 
-def compile_step(step: Step, model: str) -> Question:
+def compile_step(step: Step, model: str, vector_size: int = 0) -> Question:
     """Return a step as the stage works with it.
 
     Args:
         step: what the author says.
         model: the engine's served model name.
+        vector_size: how many numbers an embedding of the engine has; 0 if it is not known.
 
     Raises:
         BatchError: it names what cannot be imported, or a schema that is none.
     """
-    kind = next(kind for field, kind in KINDS.items() if getattr(step, field, None) is not None)
-    return kind(step, model)
+    return KINDS[step.kind](step, model, vector_size)

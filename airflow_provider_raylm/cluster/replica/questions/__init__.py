@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from airflow_provider_raylm.cluster.batch.exchange import Request
 from airflow_provider_raylm.cluster.replica.questions.generation import Chat, Completion
+from airflow_provider_raylm.cluster.replica.questions.pooling import Classify, Embed, Score
 from airflow_provider_raylm.cluster.replica.questions.vllm import Vllm
 from airflow_provider_raylm.cluster.replica.serving import Row
 from airflow_provider_raylm.errors import BatchError
@@ -31,7 +32,13 @@ class Kind(Protocol):
         """Return what each row has to do; what many can do in one go is done."""
 
 
-KINDS: dict[str, type[Kind]] = {"completion": Completion, "chat": Chat}
+KINDS: dict[str, type[Kind]] = {
+    "completion": Completion,
+    "chat": Chat,
+    "embed": Embed,
+    "classify": Classify,
+    "score": Score,
+}
 
 
 class Questions:
@@ -40,10 +47,11 @@ class Questions:
     Args:
         engine: Ray's, which holds vLLM's client and its serving objects.
         ping: returns when the engine's scheduler has answered.
+        tasks: what vLLM says that the model can do.
     """
 
-    def __init__(self, engine: Any, ping: Callable[[], Awaitable[None]]) -> None:
-        self._vllm = Vllm(engine, ping)
+    def __init__(self, engine: Any, ping: Callable[[], Awaitable[None]], tasks: Sequence[str]) -> None:
+        self._vllm = Vllm(engine, ping, tasks)
 
     async def rows(self, question: str, requests: Sequence[Request], timeout: float | None) -> list[Row]:
         """Return what each row of a block has to do.

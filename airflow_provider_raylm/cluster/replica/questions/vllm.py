@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from vllm.entrypoints.chat_utils import ChatTemplateConfig
+from vllm.entrypoints.pooling.factories import init_pooling_io_processors
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from airflow_provider_raylm.cluster.batch.exchange import Refusal
 from airflow_provider_raylm.cluster.replica.stalls import Stalls
@@ -28,20 +31,27 @@ class Vllm:
     Args:
         engine: Ray's, which holds vLLM's client and its serving objects.
         ping: returns when the engine's scheduler has answered.
+        tasks: what vLLM says that the model can do.
 
     Attributes:
         engine: the same.
         client: vLLM's.
         texts: its tokenizer, if that can be taken apart.
         stalls: bounds what rows may take.
+        pooling_task: what a pooling model does, by vLLM's name; None of a model that generates.
     """
 
-    def __init__(self, engine: Any, ping: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, engine: Any, ping: Callable[[], Awaitable[None]], tasks: Sequence[str]) -> None:
         self.engine = engine
         self.client = engine._engine_client
         self.texts = Texts.of(self.client.tokenizer)
         self.stalls = Stalls(self.tokens)
         self._ping = ping
+        config = self.client.vllm_config
+        self.pooling_task = None if "generate" in tasks else config.model_config.get_pooling_task(tasks)
+        self._processors: dict[str, Any] = {}
+        if self.pooling_task is not None:
+            self._processors = init_pooling_io_processors(tasks, config, self.client.renderer, ChatTemplateConfig())
 
     def tokens(self, request_ids: Collection[str]) -> dict[str, int]:
         """Return how many tokens the engine has given to each request so far: nothing else tells before its end."""
@@ -60,8 +70,22 @@ class Vllm:
         """
         serving = getattr(self.engine, name, None)
         if serving is None:
-            raise ValueError(f"the model has no API for {question}.")
+            does = self.pooling_task or "generate"
+            raise ValueError(
+                f"the engine has no API for {question}: its model is loaded for {does!r} (EngineSpec.task)"
+            )
         return serving
+
+    def processor(self, name: Any, question: str) -> Any:
+        """Return vLLM's part for a pooling task.
+
+        Raises:
+            ValueError: the model is for another one.
+        """
+        if name not in self._processors:
+            does = self.pooling_task or "generate"
+            raise ValueError(f"the engine cannot {question}: its model is loaded for {does!r} (EngineSpec.task).")
+        return self._processors[name]
 
     @property
     def context(self) -> int:
@@ -79,9 +103,7 @@ class Vllm:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             return Refusal("invalid_request", f"{where}: {first['msg']}")
-        kinds = ("_oai_serving_completion", "_oai_serving_chat")
-        judge = next(one for kind in kinds if (one := getattr(self.engine, kind, None)) is not None)
-        return refusal_of(judge.create_error_response(error).error)
+        return refusal_of(create_error_response(error).error)
 
     async def _require_progress(self) -> None:
         """Tell slow rows from an engine that hangs.
