@@ -102,6 +102,7 @@ class EngineFields(TypedDict, total=False):
     tokenizer: Later | None
     engine_kwargs: Mapping[str, Any] | Later
     task: Literal["generate", "embed", "classify", "score"] | Later
+    adapters: Mapping[str, Any] | Later
     accelerator_type: Later | None
     gpus: float | Later
     cpus: float | Later
@@ -139,6 +140,7 @@ class BatchFields(TypedDict, total=False):
     frequency_penalty: float | Later | None
     repetition_penalty: float | Later | None
     ignore_eos: bool | Later | None
+    adapter: Later | None
     n: int | Later
     output_schema: Mapping[str, Any] | Later | None
     choice: Sequence[Later] | Later | None

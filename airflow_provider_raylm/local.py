@@ -25,7 +25,7 @@ import httpx
 
 from airflow_provider_raylm.errors import ClusterError
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 5.0
 HOST = "127.0.0.1"
 _AGENT_HEALTH = "/api/local_raylet_healthz"
@@ -88,7 +88,7 @@ def start(
         environ: the head's environment; default: this process's.
 
     Raises:
-        ClusterError: Ray is not installed, or did not come up within 90 s.
+        ClusterError: Ray is not installed, or did not come up within three minutes.
     """
     if find_spec("ray") is None:
         raise ClusterError("raylm://local needs Ray on this machine: pip install 'airflow-provider-raylm[cpu]'")

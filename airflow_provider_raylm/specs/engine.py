@@ -42,6 +42,10 @@ class EngineSpec(Value):
     task: EngineTask = Field(
         "generate", description="What the engine is asked for: text, or what an encoder or reranker gives."
     )
+    adapters: dict[str, str] = Field(
+        default_factory=dict,
+        description="LoRA adapters by name: path on the cluster, URI, or Hugging Face id; Step.adapter chooses.",
+    )
     accelerator_type: str | None = Field(None, description="Ray's name of the accelerator, e.g. H100.")
     gpus: float = Field(1, ge=0, description="GPU of each vLLM worker: 1, a fraction of a shared one, or 0 for CPUs.")
     cpus: float = Field(1, gt=0, description="CPUs of each replica's own process.")
@@ -90,6 +94,7 @@ class EngineSpec(Value):
         "served_model_name": "set EngineSpec.served_name instead",
         "runner": "set EngineSpec.task instead",
         "task": "set EngineSpec.task instead",
+        "enable_lora": "set EngineSpec.adapters instead",
         "tensor_parallel_size": "set EngineSpec.tensor_parallel_size instead",
         "pipeline_parallel_size": "set EngineSpec.pipeline_parallel_size instead",
         "prefill_context_parallel_size": "Ray reserves no GPUs for it; set EngineSpec.tensor_parallel_size instead",
@@ -132,6 +137,10 @@ class EngineSpec(Value):
         ):
             _refuse(field, variables, self._own_variables | (self._visible_gpus if self.gpus else {}))
         self._check_gpus()
+        if self.adapters and self.task != "generate":
+            raise ValueError(f"adapters: only for task='generate', got {self.task!r}")
+        if self.served_model_name in self.adapters:
+            raise ValueError(f"adapters.{self.served_model_name}: the model itself has this name")
         if self.log_engine_metrics and self.engine_kwargs.get("disable_log_stats"):
             raise ValueError("engine_kwargs.disable_log_stats: log_engine_metrics needs these statistics")
         twice = sorted(set(self.env) & set(self.secret_env))
@@ -169,8 +178,9 @@ class EngineSpec(Value):
     def answers_from(self) -> dict[str, object]:
         """What an answer depends on; another number of replicas, environment or waiting time gives the same."""
         chosen = {name: value for name, value in self.engine_kwargs.items() if name not in self._not_in_answers}
-        task = {} if self.task == "generate" else {"task": self.task}
-        return {"model": self.model, "tokenizer": self.tokenizer, "engine_kwargs": chosen, **task}
+        # What a later version added counts where it is used: else every earlier output would be another engine's.
+        added = {name: value for name in ("task", "adapters") if (value := getattr(self, name)) not in ("generate", {})}
+        return {"model": self.model, "tokenizer": self.tokenizer, "engine_kwargs": chosen, **added}
 
     @property
     def workers(self) -> int:

@@ -57,7 +57,8 @@ _KINDS_OF_TASKS: dict[str, tuple[str, ...]] = {
     # Two embeddings have a score, too.
     "embed": ("embed", "score"),
     "classify": ("classify",),
-    "score": ("score",),
+    # A reranker is a classifier that knows one class.
+    "score": ("score", "classify"),
 }
 
 
@@ -118,6 +119,9 @@ class Step(Value):
     frequency_penalty: Annotated[float | str | None, PerRow(Penalty)] = None
     repetition_penalty: Annotated[float | str | None, PerRow(Positive)] = None
     ignore_eos: Annotated[bool | str | None, PerRow(bool)] = None
+    adapter: Annotated[str | None, PerRow(str)] = Field(
+        None, description="One of the engine's LoRA adapters; default: the model without one."
+    )
     n: int = Field(1, ge=1, description="Answers per row; above 1 the column is a list.")
     output_schema: JsonObject | str | None = Field(
         None, description="JSON Schema, or package.module:Model (pydantic): the answer is a value of its type."
@@ -263,8 +267,8 @@ class Step(Value):
 
     @property
     def row_parameters(self) -> dict[str, str]:
-        """Sampling fields that each row tells, with the column that does."""
-        found = {name: column_of(getattr(self, name)) for name in self.sampling_fields}
+        """Fields that each row tells, with the column that does."""
+        found = {name: column_of(getattr(self, name)) for name in (*self.sampling_fields, "adapter")}
         return {name: column for name, column in found.items() if column is not None}
 
     @property

@@ -1,6 +1,16 @@
-"""Functions that tasks name: they run on the cluster, in the task's Ray job."""
+"""Functions and types that tasks name: they run on the cluster, in the task's Ray job."""
+
+from typing import Annotated
 
 import ray
+from pydantic import AfterValidator
+
+
+def _refuse(value):
+    raise ValueError("never right")
+
+
+Refused = Annotated[bool, AfterValidator(_refuse)]
 
 
 def with_namespace(row):

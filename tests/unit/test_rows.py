@@ -148,6 +148,9 @@ def test_a_row_tells_its_own_sampling():
 
     assert json.loads(question.question)["fields"] == {"model": "m", "temperature": 0.5}
     request = question.request({"a": "x", "budget": 7, "ends": ["."]})
+    styled = compile_step(Step(prompt="${a}", adapter="${style}"), "m")
+    assert styled.request({"a": "x", "style": "legal"}).overrides == '{"model": "legal"}'
+    assert json.loads(compile_step(Step(prompt="x", adapter="legal"), "m").question)["fields"]["model"] == "legal"
     assert json.loads(request.overrides) == {"max_tokens": 7, "stop": ["."]}
     assert step.columns_used == {"a", "budget", "ends"}
 

@@ -50,6 +50,7 @@ class Order(BaseModel):
     amount: float
 
 
+Word = str
 HERE = "tests.unit.test_typed_answers"
 
 
@@ -113,6 +114,8 @@ def test_an_answer_is_a_value_of_its_schema():
     assert read('"2026-02-03T12:00:00+02:00"', output_schema=times).hour == 10
     assert read('"2026-02-03T12:00:00"', output_schema=times).tzinfo is datetime.UTC
     assert read('{"b": [1, "é"]}', output_schema={"type": "object"}) == '{"b": [1, "é"]}'
+    assert read('"a\tb"', output_schema={"type": "string"}) == "a\tb"
+    assert read('"a\tb"', output_schema=f"{HERE}:Word") == "a\tb"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ other use for it. Here the driver says what a replica asks of the cluster, and t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
@@ -98,8 +99,12 @@ def hang_timeout(spec: EngineSpec) -> float:
     return spec.hang_timeout or _HANG_TIMEOUT_S[spec.gpus > 0]
 
 
-def llm_config(spec: EngineSpec) -> Any:
+def llm_config(spec: EngineSpec, adapters: Mapping[str, Any] | None = None) -> Any:
     """Translate a spec into Ray's LLMConfig; imports vLLM, starts nothing.
+
+    Args:
+        spec: the engine.
+        adapters: vLLM's arguments for the spec's adapters, which depend on what is in their files.
 
     Raises:
         ValueError: Ray or vLLM refuses an argument.
@@ -120,6 +125,7 @@ def llm_config(spec: EngineSpec) -> Any:
             # vLLM would take a whole GPU's memory, and the next engine on it would not start.
             **({"gpu_memory_utilization": round(_MEMORY_SHARE * spec.gpus, 4)} if 0 < spec.gpus < 1 else {}),
             **({} if spec.task == "generate" else {"runner": "pooling"}),
+            **(adapters or {}),
             **spec.engine_kwargs,
             "tensor_parallel_size": spec.tensor_parallel_size,
             "pipeline_parallel_size": spec.pipeline_parallel_size,

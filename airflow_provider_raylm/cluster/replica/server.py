@@ -24,7 +24,7 @@ from ray.serve.llm.deployment import LLMServer
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.cluster.batch.exchange import Part, Request
 from airflow_provider_raylm.cluster.engine.llm import hang_timeout, llm_config
-from airflow_provider_raylm.cluster.replica import secret_env
+from airflow_provider_raylm.cluster.replica import adapters, secret_env
 from airflow_provider_raylm.cluster.replica.admission import Admission, Door
 from airflow_provider_raylm.cluster.replica.callers import Callers
 from airflow_provider_raylm.cluster.replica.questions import Questions
@@ -74,7 +74,9 @@ class BlockLLMServer(LLMServer):
         log_starts = _log_sizes()
         self._callers = Callers()
         try:
-            await super().__init__(llm_config(engine))
+            places = await asyncio.to_thread(adapters.fetch, engine.adapters)
+            await super().__init__(llm_config(engine, await asyncio.to_thread(adapters.engine_kwargs, places)))
+            await adapters.load(self.engine._oai_models, places)
         except Exception as error:
             reason = _reason(error)
             if "engine core" in reason.lower():

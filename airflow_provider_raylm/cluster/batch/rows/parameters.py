@@ -31,7 +31,8 @@ def compile_parameters(step: Step) -> Callable[[Row], str]:
         chosen = {}
         for name, column, adapter in adapters:
             try:
-                chosen[name] = adapter.validate_python(required(row, column))
+                # In vLLM's requests an adapter is a model.
+                chosen["model" if name == "adapter" else name] = adapter.validate_python(required(row, column))
             except ValidationError as error:
                 why = error.errors()[0]["msg"]
                 raise RowError("invalid_parameter", f"{name} from column {column!r}: {why}") from None

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 from uuid import uuid4
 
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingType
 
 from airflow_provider_raylm.cluster.batch.exchange import Content, Outcome, Request
 from airflow_provider_raylm.cluster.replica.admission import Enter
@@ -40,10 +42,17 @@ class Generation:
         self._others: dict[str, Generation | Exception] = {}
         self._serving = vllm.serving(self._part, self.field)
         self._require_known(fields)
+        self._adapter = vllm.adapters.get(fields["model"])
+        if self._adapter is None and not self._serving.models.is_base_model(fields["model"]):
+            has = ", ".join(vllm.adapters) or "none"
+            raise ValueError(f"adapter {fields['model']!r}: the engine has {has} (EngineSpec.adapters).")
         self._request = self._type(**{self.field: self._example}, **fields)
         self._require_room()
         limits = [one for one in (self._request.max_tokens, self._serving.override_max_tokens) if one is not None]
         self._sampling = self._request.to_sampling_params(min(limits), self._serving.default_sampling_params)
+        if self._sampling.sampling_type == SamplingType.RANDOM_SEED and current_platform.is_cpu():
+            # It rewinds a row's generator, which torch's on CPUs cannot: the engine would die of one such row.
+            raise ValueError("seed: vLLM's engine on CPUs dies of it (vllm 0.29); leave it out, or set temperature=0.")
         # From an answer's token ids to its text in one go; without it, vLLM does so token by token.
         self._decode: Callable[[list[int]], Awaitable[str]] | None = None
         # vLLM looks for stop strings in the text as it grows, and names the tokens of log probabilities.
@@ -146,7 +155,11 @@ class Generation:
             try:
                 async with self._vllm.stalls.bounded(request_id, timeout):
                     stream = self._vllm.client.generate(
-                        inputs, self._sampling, request_id, priority=self._request.priority
+                        inputs,
+                        self._sampling,
+                        request_id,
+                        lora_request=self._adapter,
+                        priority=self._request.priority,
                     )
                     outputs = [one async for one in stream]
             except Exception as error:

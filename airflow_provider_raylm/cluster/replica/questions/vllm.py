@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -36,6 +36,7 @@ class Vllm:
     Attributes:
         engine: the same.
         client: vLLM's.
+        adapters: its LoRA adapters by name, as vLLM asks for them.
         texts: its tokenizer, if that can be taken apart.
         stalls: bounds what rows may take.
         pooling_task: what a pooling model does, by vLLM's name; None of a model that generates.
@@ -46,6 +47,8 @@ class Vllm:
         self.client = engine._engine_client
         self.texts = Texts.of(self.client.tokenizer)
         self.stalls = Stalls(self.tokens)
+        # Adapters by name; a request's model is one, or the model itself.
+        self.adapters: Mapping[str, Any] = engine._oai_models.lora_requests
         self._ping = ping
         config = self.client.vllm_config
         self.pooling_task = None if "generate" in tasks else config.model_config.get_pooling_task(tasks)
