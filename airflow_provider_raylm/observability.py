@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # What of a report goes into an asset event and a run facet; both name the output themselves.
 _ROWS = ("rows_in", "rows_written", "rows_quarantined", "rows_already_done")
+_ANSWERS = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens", "cut_off", "reasked")
 _TOLD = (*_ROWS, "prompt_tokens", "completion_tokens", "model", "fingerprint")
 _GLOB = re.compile(r"[*?\[]")
 
@@ -49,7 +50,7 @@ def annotate(**attributes: str | float | None) -> None:
 
 def measure_batch(context: Context, report: BatchReport) -> None:
     """Measure what an inference task did."""
-    counts = {name: getattr(report, name) for name in (*_ROWS[1:], "prompt_tokens", "completion_tokens")}
+    counts = {name: getattr(report, name) for name in (*_ROWS[1:], *_ANSWERS)}
     measure(context, counts, {"inference_duration": report.seconds})
 
 

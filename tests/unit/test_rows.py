@@ -171,6 +171,11 @@ def test_a_bad_parameter_is_one_rows_fault(budget, reason, words):
     assert error.value.refusal.reason == reason
 
 
+OUTPUTS = {"structured_outputs": {"json": {"type": "integer"}}}
+JSON_OBJECT = {"response_format": {"type": "json_object"}}
+JSON_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}}
+
+
 @pytest.mark.parametrize(
     ("step", "answer", "reason"),
     [
@@ -184,6 +189,12 @@ def test_a_bad_parameter_is_one_rows_fault(budget, reason, words):
         (Step(prompt="x", choice=["yes", "no"]), Answer("yes", "stop", 1, 1), None),
         (Step(prompt="x", choice=["yes", "no"]), Answer("ye", "length", 1, 1), "invalid_output"),
         (Step(prompt="x", regex="[0-9]+"), Answer("12a", "stop", 1, 1), "invalid_output"),
+        (Step(prompt="x", extra_body=JSON_OBJECT), Answer('{"a": ', "length", 1, 1), "invalid_output"),
+        (Step(prompt="x", extra_body=JSON_OBJECT), Answer('{"a": 1}', "stop", 1, 1), None),
+        (Step(prompt="x", extra_body=JSON_SCHEMA), Answer('"a"', "stop", 1, 1), "invalid_output"),
+        (Step(prompt="x", extra_body=JSON_SCHEMA), Answer("5", "stop", 1, 1), None),
+        (Step(prompt="x", extra_body=OUTPUTS), Answer("5", "stop", 1, 1), None),
+        (Step(prompt="x", extra_body=OUTPUTS), Answer("x", "stop", 1, 1), "invalid_output"),
     ],
 )
 def test_an_answer_may_be_none(step, answer, reason):

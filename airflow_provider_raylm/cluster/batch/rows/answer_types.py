@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,28 @@ def answer_type(step: Step) -> AnswerType:
     if step.regex is not None:
         pattern = re.compile(step.regex)
         return AnswerType(pa.string(), lambda text: _matching(text, pattern), {"regex": step.regex})
-    return AnswerType(pa.string(), str, {"grammar": step.grammar} if step.grammar is not None else None)
+    if step.grammar is not None:
+        return AnswerType(pa.string(), str, {"grammar": step.grammar})
+    return _of_extra_body(step.extra_body)
+
+
+def _of_extra_body(body: Mapping[str, Any]) -> AnswerType:
+    """Return text that is what vLLM's own fields ask for: an answer that is cut off is half of it."""
+    asked, outputs = (body.get(name) or {} for name in ("response_format", "structured_outputs"))
+    schema = (asked.get("json_schema") or {}).get("schema") or outputs.get("json")
+    if isinstance(schema, str):
+        schema = json.loads(schema)
+    if asked.get("type") == "json_object" or outputs.get("json_object"):
+        schema = {"type": "object"}
+    if schema is None:
+        return AnswerType(pa.string(), str)
+    validate = _validator(schema, "extra_body")
+
+    def read(text: str) -> str:
+        validate(_json(text))
+        return text
+
+    return AnswerType(pa.string(), read)
 
 
 def _one_of(text: str, choice: Any) -> str:
@@ -68,24 +89,38 @@ def _matching(text: str, pattern: re.Pattern[str]) -> str:
 def _typed(schema: Any) -> AnswerType:
     if isinstance(schema, str):
         return _of_model(schema)
+    validate = _validator(schema, "output_schema")
+    shape = shape_of(schema)
+
+    def read(text: str) -> Any:
+        value = _json(text)
+        validate(value)
+        return shape(value)
+
+    return AnswerType(shape.type, read, {"json": schema})
+
+
+def _validator(schema: Any, field: str) -> Callable[[Any], None]:
+    """Return a function that raises Unfit of a value that a JSON Schema does not hold.
+
+    Raises:
+        BatchError: the schema is none.
+    """
     kind = validators.validator_for(schema, validators.Draft202012Validator)
     try:
         kind.check_schema(schema)
     except exceptions.SchemaError as error:
         where = "".join(f".{part}" for part in error.absolute_path)
-        raise BatchError(f"output_schema{where}: {error.message}") from None
+        raise BatchError(f"{field}{where}: {error.message}") from None
     validator = kind(schema, format_checker=kind.FORMAT_CHECKER)
-    shape = shape_of(schema)
 
-    def read(text: str) -> Any:
-        value = _json(text)
+    def validate(value: Any) -> None:
         error = exceptions.best_match(validator.iter_errors(value))
         if error is not None:
             where = ".".join(map(str, error.absolute_path))
             raise Unfit(f"{where}: {error.message}" if where else error.message)
-        return shape(value)
 
-    return AnswerType(shape.type, read, {"json": schema})
+    return validate
 
 
 def _of_model(path: str) -> AnswerType:
