@@ -19,6 +19,7 @@ from typing import Any
 from tests.benchmarks import plots
 from tests.benchmarks.deferred import deferred
 from tests.benchmarks.harness import HERE, REPOSITORY, SAME_ENGINE, Bench, Timing, as_json
+from tests.benchmarks.kinds import embed, lora, per_row, typed
 from tests.benchmarks.planning import planning, resume
 from tests.benchmarks.scale import crashed, prefixes, replicas, two_tasks, unequal, warm, wide, with_spread
 from tests.benchmarks.workloads import WORKLOADS, Workload
@@ -77,7 +78,13 @@ CPU = Machine(
             {"max_num_seqs": 64},
         ),
     },
-    engine_kwargs={"dtype": "float32", "enforce_eager": True, "max_model_len": CONTEXT_LENGTH},
+    engine_kwargs={
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": CONTEXT_LENGTH,
+        # A model with random weights would write white space between JSON's parts for ever.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    },
     gpus=0,
     cpus=0.5,
 )
@@ -321,6 +328,10 @@ SINGLE_BARS: dict[str, tuple[str, float, Callable[[float, float], bool]]] = {
     "wide": ("mb_per_s", 200, lambda value, bar: value >= bar),
     "wide_memory": ("memory_growth", 1.10, lambda value, bar: value <= bar),
     "crash": ("with_vs_without", 1.25, lambda value, bar: value <= bar),
+    "typed": ("ours_vs_offline", 0.95, lambda value, bar: value >= bar),
+    "perrow": ("ours_vs_shared", 0.97, lambda value, bar: value >= bar),
+    "embed": ("ours_vs_offline", 0.95, lambda value, bar: value >= bar),
+    "lora": ("ours_vs_offline", 0.95, lambda value, bar: value >= bar),
     "deferred_cpu": ("triggerer_cpu_percent", 1.1, lambda value, bar: value <= bar),
 }
 
@@ -347,8 +358,15 @@ ON_SHARED: dict[str, Callable[[Bench, int, bool], Result]] = {
     "concurrency": concurrency,
     "two_tasks": two_tasks,
     "unequal": unequal,
+    "typed": typed,
+    "perrow": per_row,
 }
-ON_OWN: dict[str, Callable[[Bench, int], Result]] = {"dag": dag, "prefixes": prefixes}
+ON_OWN: dict[str, Callable[[Bench, int], Result]] = {
+    "dag": dag,
+    "prefixes": prefixes,
+    "embed": embed,
+    "lora": lora,
+}
 WITHOUT_VLLM: dict[str, Callable[[Bench, bool], Result]] = {
     "null": lambda bench, quick: null(bench, NULL_ROWS[:1] if quick else NULL_ROWS),
     "wide": lambda bench, _: wide(bench),
@@ -396,7 +414,7 @@ def run(wanted: Collection[str], machine: Machine, quick: bool, repeats: int) ->
                 bench.teardown(bench.engine)
             for name in on_own:
                 # After the others, when nothing else is loaded.
-                yield name, ON_OWN[name](bench, repeats)
+                yield name, ON_OWN[name](Bench(cluster, path, engine_kwargs, machine.gpus, machine.cpus), repeats)
         for name in WITHOUT_VLLM:
             if name in wanted:
                 yield name, WITHOUT_VLLM[name](Bench(cluster, Path(), {}, 0, 0), quick)

@@ -63,6 +63,7 @@ class Bench:
     """One cluster, one model of a size, and the ways to ask it.
 
     Attributes:
+        offline_kwargs: what vLLM alone is told beside, where a field of ours says it to the engine.
         engine: reference of the shared engine.
         endpoint: of vLLM's own server.
         began: the file that an engine without vLLM makes with its first row.
@@ -72,6 +73,7 @@ class Bench:
         self.cluster = cluster
         self.model = model
         self.engine_kwargs = dict(engine_kwargs)
+        self.offline_kwargs: dict[str, Any] = {}
         self.engine: dict[str, Any] = {}
         self.endpoint = ""
         self.began: Path | None = None
@@ -117,7 +119,7 @@ class Bench:
     def offline_engine(self, contender: str) -> Iterator[None]:
         """Keep a `vllm.LLM` loaded beside the shared engine; idle engines take no CPU."""
         command = [sys.executable, "-m", "tests.benchmarks.offline_server", str(self.model)]
-        command.append(json.dumps(self.engine_kwargs))
+        command.append(json.dumps(self.engine_kwargs | self.offline_kwargs))
         environ = {"VLLM_USE_FASTOKENS": str(int(contender.endswith("fastokens")))}
         with _process(command, environ, stdin=subprocess.PIPE) as process:
             self._offline[contender] = process
@@ -211,7 +213,9 @@ class Bench:
         assert process.stdin is not None
         pids = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
         chunk = CHUNK if contender == "offline_in_chunks" else None
-        process.stdin.write(json.dumps({"source": str(source), "sampling": workload.sampling, "chunk": chunk}) + "\n")
+        told = {"kind": workload.kind, "schema": workload.schema, "adapters": dict(workload.adapters)}
+        task = {"source": str(source), "sampling": workload.sampling, "chunk": chunk, **told}
+        process.stdin.write(json.dumps(task) + "\n")
         process.stdin.flush()
         answer = _answer_of(process)
         seconds, tokens = answer["seconds"], answer["completion_tokens"]

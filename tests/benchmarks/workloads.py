@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,10 @@ class Workload:
             at ``max_tokens``.
         from_first_request: whether rates run from the first request that the engine gets, and not from the first rows
             that come out: until these do, most of the short answers are there.
+        kind: what the prompt is asked for: text, or a vector (``embed``).
+        schema: of the answers.
+        budgets: whether each row tells its ``max_tokens``.
+        adapters: by name; rows take turns.
         batch: fields of the BatchSpec that only this provider knows.
     """
 
@@ -54,6 +59,10 @@ class Workload:
     characters: int = 0
     skewed: bool = False
     from_first_request: bool = False
+    kind: str = "prompt"
+    schema: Mapping[str, Any] | None = None
+    budgets: bool = False
+    adapters: Mapping[str, str] = field(default_factory=dict)
     batch: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -61,7 +70,11 @@ class Workload:
         """The sampling parameters that every contender gets."""
         if self.skewed:
             return {"max_tokens": self.max_tokens, "stop_token_ids": list(ENDS), "temperature": 1.0}
-        return {"max_tokens": self.max_tokens, "ignore_eos": True, "temperature": 0}
+        if self.kind == "embed":
+            return {}
+        # A typed answer ends where its value does.
+        ends = {} if self.schema else {"ignore_eos": True}
+        return {"max_tokens": self.max_tokens, **ends, "temperature": 0}
 
     @property
     def question(self) -> dict[str, Any]:
@@ -69,7 +82,10 @@ class Workload:
         if self.turns == 1:
             sampling = dict(self.sampling)
             further = {name: sampling.pop(name) for name in ("stop_token_ids",) if name in sampling}
-            return {"prompt": "${text}", **sampling, "extra_body": further, **self.batch}
+            typed = {"output_schema": self.schema, "reasks": 0} if self.schema else {}
+            own = {"max_tokens": "${budget}"} if self.budgets else {}
+            own |= {"adapter": "${adapter}"} if self.adapters else {}
+            return {self.kind: "${text}", **sampling, "extra_body": further, **typed, **own, **self.batch}
         said = ["${text}", *(f"${{turn{number}}}" for number in range(self.turns))]
         steps = [
             {"prompt": "".join(said[: number + 1]), "output_column": f"turn{number}", **self.sampling}
@@ -109,6 +125,11 @@ class Workload:
                 every = pa.array(np.tile(np.arange(self.floats, dtype="float32"), table.num_rows))
                 column = pa.FixedSizeListArray.from_arrays(every, self.floats)
                 table = table.append_column("vector", column)
+            if self.budgets:
+                table = table.append_column("budget", pa.array([self.max_tokens] * table.num_rows))
+            if self.adapters:
+                names = itertools.islice(itertools.cycle(self.adapters), table.num_rows)
+                table = table.append_column("adapter", pa.array(names))
             # However wide rows are: a reader holds a row group of them.
             group = max(ROW_GROUP // max(self.characters, 1), 1)
             pq.write_table(table, folder / f"{number}.parquet", row_group_size=group)

@@ -1,27 +1,36 @@
 """Every workload of the benchmarks on engines that answer at once: none of them rots between two measurements."""
 
+import json
 import time
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from airflow_provider_raylm.cluster.batch.exchange import Answer
 from airflow_provider_raylm.specs import BatchSpec, EngineRef, build
 from tests.benchmarks import __main__ as benchmarks
-from tests.benchmarks import harness, planning, scale
-from tests.benchmarks.harness import HERE, Bench
+from tests.benchmarks import harness, kinds, planning, scale
+from tests.benchmarks.harness import HERE, Bench, Timing
 from tests.benchmarks.workloads import WORKLOADS
 from tests.scripted import REF, attempt
+from tests.tiny_model import make_tiny_model
 
 ROWS = 40
+VALID = json.dumps({"mood": "good", "stars": 1, "sure": True})
 # Begins the rows of the large one of two unequal tasks, which has to outlast the small one.
 SLOW = "large"
 
 
 def at_once(fields, contents):
+    if "max_tokens" not in fields:
+        return [Answer(np.zeros(4, np.float32), "", 1, 0)] * len(contents)
+    if "structured_outputs" in fields:
+        return [Answer(VALID, "stop", 1, 9)] * len(contents)
     tokens = fields["max_tokens"]
     if contents[0].startswith(SLOW):
         time.sleep(0.5)
@@ -76,6 +85,15 @@ def test_a_workload(here, name):
     assert result["contenders"]["ours"]["completion_tokens"] == ROWS * workload.turns * workload.max_tokens
 
 
+def few_kinds(here, monkeypatch):
+    """Let what rows may be asked beside text of a length have few of them, and nothing to compare with."""
+    for name in ("TYPED_ROWS", "ROWS"):
+        monkeypatch.setattr(kinds, name, 600)
+    here.model = make_tiny_model(here.cluster.folder / "tiny", weights=False)
+    monkeypatch.setattr(here, "offline_engine", lambda _: nullcontext())
+    monkeypatch.setattr(here, "offline", lambda *_: Timing(1.0, 1.0, 1.0, 1.0, 1.0, 1))
+
+
 def test_those_on_the_shared_engine(here, monkeypatch):
     """With few rows and windows."""
     monkeypatch.setattr(scale, "LARGE_ROWS", 2_000)
@@ -83,6 +101,7 @@ def test_those_on_the_shared_engine(here, monkeypatch):
     monkeypatch.setattr(benchmarks, "ROWS_PER_TASK", ROWS)
     monkeypatch.setattr(benchmarks, "CONCURRENCY_ROWS", 600)
     monkeypatch.setattr(scale, "SKEWED", replace(scale.SKEWED, rows=2 * ROWS))
+    few_kinds(here, monkeypatch)
     results = {name: one(here, 1, True) for name, one in benchmarks.ON_SHARED.items()}
 
     for name, result in results.items():
@@ -93,12 +112,15 @@ def test_those_on_engines_of_their_own(here, monkeypatch):
     """Of the whole DAG its own side."""
     monkeypatch.setattr(benchmarks, "DAG_ROWS", ROWS)
     monkeypatch.setattr(scale, "PREFIXES_ROWS", 600)
-    monkeypatch.setattr(here, "deploy", lambda name, **fields: here.engine)
+    monkeypatch.setattr(here, "deploy", lambda name, **fields: {**here.engine, "task": fields.get("task", "generate")})
+    few_kinds(here, monkeypatch)
     monkeypatch.setattr(here, "processor", lambda *_: None)
-    results = {name: one(here, 1) for name, one in benchmarks.ON_OWN.items()}
+    results = {name: one(copy(here), 1) for name, one in benchmarks.ON_OWN.items()}
 
     assert results["dag"]["ratios"]["ours_vs_private_wall"] > 0
     assert results["prefixes"]["ratios"]["ours_vs_anywhere"] > 0
+    assert results["embed"]["ratios"]["ours_vs_offline"] > 0
+    assert results["lora"]["ratios"]["ours_vs_offline"] > 0
 
 
 def test_those_without_vllm(here, monkeypatch):
