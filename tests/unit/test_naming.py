@@ -2,7 +2,7 @@
 
 import re
 
-from airflow_provider_raylm.naming import application_name, fingerprint, submission_id
+from airflow_provider_raylm.naming import answers_fingerprint, application_name, fingerprint, submission_id
 from airflow_provider_raylm.specs import BatchSpec, EngineSpec, Labels
 
 LABELS = Labels(installation="a", dag_id="d", run_id="manual__2026-01-01T00:00:00+00:00", engine="e_1")
@@ -51,3 +51,17 @@ def test_a_submission_id_tells_task_content_and_attempt():
     assert len(ids) == 5
     assert submission_id("infer", task, {"a": 1}, 1) in ids
     assert all(re.fullmatch(r"raylm-\w+-group-label-[0-9a-f]{12}-[12]", one) for one in ids)
+
+
+def test_a_fingerprint_outlives_new_fields():
+    """Written down before Step had typed answers, embeddings and adapters: outputs of then are resumed."""
+    place = {"source": "s3://in/a", "output": "s3://out/b"}
+    sampled = {"prompt": "x ${a}", "max_tokens": 5, "temperature": 0, "stop": ["a"], "top_k": 3, "seed": 4}
+    messages = [{"role": "user", "content": "${a}"}]
+    engine = EngineSpec(name="e", model="m")
+
+    assert fingerprint(BatchSpec(**place, prompt="${a}")) == "e994477c29c9"
+    assert fingerprint(BatchSpec(**place, **sampled, ignore_eos=True)) == "55938a614653"
+    chat = BatchSpec(**place, messages=messages, extra_body={"chat_template_kwargs": {"x": 1}})
+    assert fingerprint(chat) == "5e5faa35e8a8"
+    assert (fingerprint(engine), answers_fingerprint(engine)) == ("2428bd21f1e1", "23ac4ce476bb")

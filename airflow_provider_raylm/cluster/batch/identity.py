@@ -19,12 +19,14 @@ def task_fingerprint(spec: BatchSpec, ref: EngineRef, fragments: Iterable[Fragme
     """Return 12 hex digits of all that can change an answer: the question, the model, the exact input."""
     files = [(fragment.file.uri, fragment.file.version) for fragment in fragments]
     code = [_source_code(name, getattr(spec, name)) for name in ("preprocess", "postprocess")]
+    models = [step.output_schema for step in spec.all_steps if isinstance(step.output_schema, str)]
+    code += [_source_code("output_schema", path) for path in models]
     content = [fingerprint(spec), ref.answers or ref.fingerprint, files, code]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _source_code(name: str, path: str | None) -> list[tuple[str, str]] | None:
-    """Return what a row function's answers depend on: its package's modules, as far as it has imported them."""
+    """Return what answers depend on of a function or a model: its package's modules, as far as it has imported them."""
     if load_function(name, path) is None or path is None:
         return None
     root = path.partition(":")[0].partition(".")[0]
