@@ -111,7 +111,7 @@ def deferred_on(airflow: Airflow, tasks: tuple[int, ...]) -> dict[str, Any]:
         runs, there = [], 0
         for number in tasks:
             runs.append(airflow.trigger("raylm_deferred", {"tasks": number - there}))
-            _wait_until_deferred(airflow, runs[-1], number - there)
+            _wait_until_deferred(airflow, dashboard, runs[-1], number - there)
             there = number
             found[f"tasks_{number}"] = _measure(airflow, dashboard)
             print(f"bench: deferred {number} {found[f'tasks_{number}']}", flush=True)
@@ -122,7 +122,7 @@ def deferred_on(airflow: Airflow, tasks: tuple[int, ...]) -> dict[str, Any]:
     return {"contenders": found, "ratios": ratios}
 
 
-def _wait_until_deferred(airflow: Airflow, run: str, tasks: int) -> None:
+def _wait_until_deferred(airflow: Airflow, dashboard: _Dashboard, run: str, tasks: int) -> None:
     end = time.monotonic() + DEFER_TIMEOUT_S
     path = f"/dags/raylm_deferred/dagRuns/{quote(run)}/taskInstances?state=deferred&limit=1"
     while airflow.call("GET", path)["total_entries"] < tasks:
@@ -130,6 +130,11 @@ def _wait_until_deferred(airflow: Airflow, run: str, tasks: int) -> None:
             raise TimeoutError(f"{tasks} tasks are not deferred after {DEFER_TIMEOUT_S:g} s")
         time.sleep(2)
     # Until the triggerer has taken them over, and its look at each has its place in the order.
+    before = dashboard.requests
+    while dashboard.requests < before + tasks:
+        if time.monotonic() >= end:
+            raise TimeoutError(f"the triggerer has not looked at {tasks} jobs after {DEFER_TIMEOUT_S:g} s")
+        time.sleep(0.5)
     time.sleep(SETTLE_S)
 
 

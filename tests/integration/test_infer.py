@@ -37,9 +37,7 @@ def read(folder):
     return ds.dataset(str(folder), format="parquet").to_table().sort_by("raylm_row_id").to_pylist()
 
 
-@pytest.mark.parametrize(
-    ("block_rows", "in_flight_rows", "by_key"), [(7, 20, False), (64, 2048, True), (1000, 1000, False)]
-)
+@pytest.mark.parametrize(("block_rows", "in_flight_rows", "by_key"), [(7, 20, True), (1000, 1000, False)])
 def test_answers_equal_offline_vllm(infer, source, texts, offline, tmp_path, block_rows, in_flight_rows, by_key):
     """Row by row, whatever the block size and the window."""
     report = infer(
@@ -166,20 +164,12 @@ def test_a_budget_that_cannot_be_met_ends_the_task(infer, source, tmp_path):
     assert "logprobs" in rows[0]["raylm_message"].lower()
 
 
-@pytest.mark.parametrize("fields", [{"max_tokens": 512}, {"extra_body": {"response_format": {"type": "no such"}}}])
-def test_what_all_rows_share_is_refused_once(infer, source, tmp_path, fields):
+def test_what_all_rows_share_is_refused_once(infer, source, tmp_path):
     """One error for the task, with the engine's own words; no row pays for it, whatever the budget."""
     with pytest.raises(BatchError, match="The engine refuses what the spec asks of every row"):
-        infer(source=source, error_budget=1, **fields)
+        infer(source=source, error_budget=1, max_tokens=512)
 
     assert not list((tmp_path / "out").rglob("part-*"))
-
-
-def test_a_missing_column_fails_before_any_inference(infer, source, tmp_path):
-    """Naming it and those that are there."""
-    with pytest.raises(BatchError, match="the source has no column 'body'; it has text, key"):
-        infer(source=source, prompt="${body}")
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_unreadable_file_is_named(infer, source, tmp_path):
@@ -223,11 +213,10 @@ def test_a_second_run_redoes_only_what_is_missing(infer, source, texts, offline,
     assert [row["response"] for row in read(tmp_path / "out")] == offline["prompts"]
 
 
-@pytest.mark.parametrize("storage", ["local", "s3"])
-def test_a_stage_that_dies_is_gone_on_with_by_a_retry(cluster, engine, infer, tmp_path, storage):
-    """What it wrote is not asked again; every row is there once, on an object store, too."""
+def test_a_stage_that_dies_is_gone_on_with_by_a_retry(cluster, engine, infer, tmp_path):
+    """What it wrote is not asked again; every row is there once, on an object store, where listings may be old."""
     rows = 4_000
-    root = str(tmp_path) if storage == "local" else f"s3://{BUCKET}/{tmp_path.name}"
+    root = f"s3://{BUCKET}/{tmp_path.name}"
     fs, path = fsspec.url_to_fs(root)
     fs.pipe_file(f"{path}/in.txt", "".join(f"line {i}\n" for i in range(rows)).encode())
     task = {"source": f"{root}/in.txt", "output": f"{root}/out", "max_tokens": 4, "block_rows": 50}

@@ -15,7 +15,6 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from airflow_provider_raylm.errors import BatchError, EngineError
 from tests.clusters import ENGINE_ENVIRON
 from tests.conftest import LABELS, REPOSITORY
 from tests.integration.conftest import MAX_TOKENS, ROWS
@@ -71,13 +70,13 @@ def deployed(cluster, engine, kinds):
     adapters = {**kinds.adapters, "legal": f"s3://{BUCKET}/legal"}
     # A parser takes chats apart, which is another way through vLLM.
     parsed = {**ENGINE_KWARGS, "reasoning_parser": "qwen3"}
-    specs = [_spec(task, model, task=task) for task, model in kinds.models.items()]
+    specs = [_spec("embed", kinds.models["embed"], task="embed")]
     specs.append(_spec("writer", kinds.model, parsed, adapters=adapters, served_name="tiny"))
     jobs = {spec["name"]: _start(cluster, spec) for spec in specs}
     refs = {name: cluster.finish(job, timeout=580)[0] for name, job in jobs.items()}
     yield refs
-    for ref in refs.values():
-        cluster.run("teardown", {"application": ref["application"]})
+    for job in [cluster.start("teardown", {"application": ref["application"]}) for ref in refs.values()]:
+        cluster.finish(job)
 
 
 def _start(cluster, spec):
@@ -96,77 +95,53 @@ def infer(cluster, deployed, kinds, tmp_path):
     return run
 
 
-def test_embeddings_equal_offline_vllm(infer, kinds):
-    """As lists of one size, with vLLM's own count of tokens."""
-    report, found = infer("embed", embed="${text}")
-    vectors = np.array(found["response"].to_pylist(), np.float32)
+def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds):
+    """As lists of one size, with vLLM's own count of tokens; two texts have the cosine of their embeddings."""
+    steps = [
+        {"embed": "${text}", "output_column": "vector"},
+        {"score": ["${query}", "${text}"], "output_column": "cosine"},
+    ]
+    report, found = infer("embed", steps=steps)
+    vectors = np.array(found["vector"].to_pylist(), np.float32)
 
-    assert found.schema.field("response").type == pa.list_(pa.float32(), 64)
+    assert found.schema.field("vector").type == pa.list_(pa.float32(), 64)
     assert np.abs(vectors - np.array(kinds.truth.embed, np.float32)).max() < CLOSE
+    assert found["cosine"].to_pylist() == pytest.approx(kinds.truth.cosine, abs=CLOSE)
     assert report["prompt_tokens"] > 2 * ROWS
     assert (report["rows_written"], report["completion_tokens"], report["failures"]) == (ROWS, 0, {})
 
 
-def test_two_embeddings_have_a_score(infer, kinds):
-    """Their cosine."""
-    _, found = infer("embed", score=["${query}", "${text}"])
-
-    assert found["response"].to_pylist() == pytest.approx(kinds.truth.cosine, abs=CLOSE)
-
-
-def test_classes_equal_offline_vllm(infer, kinds):
-    """By the names that the model has for them; a reranker knows one."""
-    _, found = infer("score", classify="${text}")
-    told = [[row["probability"]] for row in found["response"].to_pylist()]
-
-    assert told == [pytest.approx(row, abs=CLOSE) for row in kinds.truth.classify]
-    assert {row["label"] for row in found["response"].to_pylist()} == {LABEL}
-
-
-def test_scores_equal_offline_vllm(infer, kinds):
-    """Of a reranker; a text that is too long fails its row alone, unless it is to be cut off."""
-    _, found = infer("score", score=["${query}", "${text}"])
-
-    assert found["response"].to_pylist() == pytest.approx(kinds.truth.score, abs=CLOSE)
+def test_scores_and_classes_equal_offline_vllm(kinds):
+    """Of a reranker, which knows one class, by the name that the model has for it."""
+    assert kinds.truth.own_score == pytest.approx(kinds.truth.score, abs=CLOSE)
+    assert [[probability] for ((_, probability),) in kinds.truth.own_classify] == [
+        pytest.approx(row, abs=CLOSE) for row in kinds.truth.classify
+    ]
+    assert {label for ((label, _),) in kinds.truth.own_classify} == {LABEL}
 
 
 def test_a_text_beyond_the_model_is_one_rows_fault(infer, tmp_path):
-    """Unless the author has it cut off."""
+    """The others of its block, which are rendered together with it, are answered."""
     pq.write_table(pa.table({"text": ["short", "x" * 500]}), tmp_path / "in.parquet")
-    asked = {"embed": "${text}", "source": str(tmp_path / "in.parquet")}
-    report, found = infer("embed", error_budget=1, **asked)
-    cut, whole = infer("embed", output=str(tmp_path / "cut"), extra_body={"truncate_prompt_tokens": -1}, **asked)
+    report, found = infer("embed", error_budget=1, embed="${text}", source=str(tmp_path / "in.parquet"))
 
     assert (report["failures"], found["text"].to_pylist()) == ({"prompt_too_long": 1}, ["short"])
-    assert (cut["failures"], whole.num_rows) == ({}, 2)
 
 
-def test_adapters_equal_offline_vllm(infer, kinds):
-    """Of a task, and mixed in a block by each row's own; from a folder and from S3."""
+def test_adapters_equal_offline_vllm(infer, kinds, tmp_path):
+    """Mixed in a block by each row's own, from a folder and from S3; a row that names no adapter fails."""
     names = [name for name, _ in zip(itertools.cycle(kinds.truth.adapters), range(ROWS), strict=False)]
-    styled = pq.read_table(kinds.source).append_column("style", pa.array(names))
-    pq.write_table(styled, f"{kinds.folder}/styled.parquet")
-    source = f"{kinds.folder}/styled.parquet"
+    rows = pq.read_table(kinds.source).append_column("style", pa.array(names))
+    other = rows.slice(0, 1).set_column(2, "style", pa.array(["no such"]))
+    pq.write_table(pa.concat_tables([rows, other]), tmp_path / "styled.parquet")
     greedy = {"prompt": "Say: ${text}", "temperature": 0, "max_tokens": MAX_TOKENS}
-    _, mixed = infer("writer", adapter="${style}", source=source, **greedy)
+    report, mixed = infer("writer", adapter="${style}", source=str(tmp_path / "styled.parquet"), **greedy)
     answers = kinds.truth.adapters
 
     assert mixed["response"].to_pylist() == [answers[name][i] for i, name in enumerate(names)]
+    assert report["failures"] == {"invalid_request": 1}
     differ = sum(one != other for one, other in zip(answers["legal"], answers["friendly"], strict=True))
     assert differ > ROWS / 2, "adapters must tell answers apart"
-
-
-def test_an_adapter_that_is_not_there(infer, cluster, deployed, kinds, tmp_path):
-    """Of a row fails that row; of a task is refused at once; of an engine fails its deployment."""
-    pq.write_table(pa.table({"text": ["a", "b"], "style": ["legal", "no such"]}), tmp_path / "in.parquet")
-    greedy = {"prompt": "${text}", "max_tokens": 2, "source": str(tmp_path / "in.parquet")}
-    report, _ = infer("writer", adapter="${style}", error_budget=1, **greedy)
-    assert report["failures"] == {"invalid_request": 1}
-    with pytest.raises(BatchError, match="adapter 'no such': the engine has legal, friendly"):
-        infer("writer", adapter="no such", output=str(tmp_path / "none"), **greedy)
-    spec = _spec("broken", kinds.model, ENGINE_KWARGS, adapters={"gone": f"s3://{BUCKET}/gone"})
-    with pytest.raises(EngineError, match=r"adapters.gone: cannot read s3://.*/gone|adapters.gone: .* holds no LoRA"):
-        cluster.finish(_start(cluster, spec), timeout=580)
 
 
 def test_an_engine_with_a_parser_keeps_the_reasoning(infer, kinds):

@@ -12,6 +12,7 @@ from airflow_provider_raylm.errors import BatchError
 from tests.integration.conftest import CHATS, CHOICE, MAX_TOKENS, ROWS, SCHEMA
 from tests.offline import TYPED_TOKENS, budget_of
 
+KEEP = ["token_ids", "prompt_token_ids", "logprobs"]
 GREEDY = {"temperature": 0, "max_tokens": MAX_TOKENS}
 
 
@@ -40,27 +41,45 @@ def _value(text):
         return None
 
 
-def test_typed_answers_equal_offline_vllm(infer, offline, tmp_path):
-    """As values of their type; what was cut off is in the quarantine, each row once."""
-    report, found = infer(output_schema=SCHEMA, max_tokens=TYPED_TOKENS, reasks=0, error_budget=1, block_rows=50)
+def test_what_a_step_may_ask_equals_offline_vllm(infer, offline, tmp_path):
+    """Values of their type, one of a few texts, several answers, and what is kept beside a text; each row once.
+
+    In one task, whose steps ask the same prompt; a typed answer that was cut off ends its row.
+    """
+    asked = {"prompt": "Say: ${text}", "temperature": 0}
+    steps = [
+        {**asked, "output_column": "several", "n": 2, "top_k": 1, "temperature": None, "max_tokens": 6},
+        {**asked, "output_column": "choice", "choice": CHOICE, "max_tokens": TYPED_TOKENS},
+        {**asked, "output_column": "kept", "keep": KEEP, "extra_body": {"logprobs": 2}, "max_tokens": MAX_TOKENS},
+        {**asked, "output_column": "typed", "output_schema": SCHEMA, "reasks": 0, "max_tokens": TYPED_TOKENS},
+    ]
+    unset = dict.fromkeys(("prompt", "temperature", "max_tokens"))
+    report, found = infer(steps=steps, error_budget=1, block_rows=50, **unset)
     expected = [_value(text) for text in offline["schema"]]
-    valid = [value for value in expected if value is not None]
+    there = [i for i, value in enumerate(expected) if value is not None]
 
-    assert [row["response"] for row in found] == valid
-    assert len(valid) > ROWS / 2
-    assert len({json.dumps(value) for value in valid}) > 5, "answers must tell rows apart"
-    kind = ds.dataset(str(tmp_path / "out"), format="parquet").schema.field("response").type
+    assert [row["typed"] for row in found] == [expected[i] for i in there]
+    assert len(there) > ROWS / 2
+    assert len({json.dumps(expected[i]) for i in there}) > 5, "answers must tell rows apart"
+    kind = ds.dataset(str(tmp_path / "out"), format="parquet").schema.field("typed").type
     assert [str(one.type) for one in kind] == ["string", "int64", "bool", "list<element: string>"]
-    assert report["failures"] == ({"invalid_output": ROWS - len(valid)} if len(valid) < ROWS else {})
-    assert report["cut_off"] >= ROWS - len(valid)
+    assert report["failures"] == ({"invalid_output": ROWS - len(there)} if len(there) < ROWS else {})
+    assert report["cut_off"] >= ROWS - len(there)
+    assert [row["choice"] for row in found] == [offline["choice"][i] for i in there]
+    assert [row["several"] for row in found] == [offline["several"][i] for i in there]
+    assert report["completion_tokens"] > ROWS * (2 * 6 + MAX_TOKENS)
+    for row, i in zip(found, there, strict=True):
+        _check_kept(row, offline["kept"][i])
 
 
-def test_a_choice_equals_offline_vllm(infer, offline):
-    """Every answer is one of those that the author names."""
-    report, found = infer(choice=CHOICE, max_tokens=TYPED_TOKENS)
-
-    assert [row["response"] for row in found] == offline["choice"]
-    assert report["reasked"] == 0
+def _check_kept(row, expected):
+    """Compare token ids, and log probabilities of the tokens and of the most likely others."""
+    assert row["kept_token_ids"] == expected["token_ids"]
+    assert row["kept_prompt_token_ids"] == expected["prompt_token_ids"]
+    told = [{str(one["token_id"]): one["logprob"] for one in (at, *at["top"])} for at in row["kept_logprobs"]]
+    assert [set(at) for at in told] == [set(at) for at in expected["logprobs"]]
+    for at, true in zip(told, expected["logprobs"], strict=True):
+        assert at == pytest.approx(true, abs=0.05)
 
 
 def test_an_answer_that_does_not_fit_is_asked_for_again(infer):
@@ -85,57 +104,21 @@ def test_budgets_per_row_equal_offline_vllm(infer, texts, offline, tmp_path):
     assert report["failures"] == {"invalid_parameter": 1, "null_value": 1, "invalid_request": 1}
 
 
-def test_several_answers_equal_offline_vllm(infer, offline, tmp_path):
-    """As a list, with the tokens of all."""
-    report, found = infer(n=2, top_k=1, temperature=None, max_tokens=6)
-    _, sampled = infer(n=3, temperature=1.5, max_tokens=6, limit=20, output=str(tmp_path / "sampled"))
-
-    assert [row["response"] for row in found] == offline["several"]
-    assert report["completion_tokens"] == sum(row["raylm_completion_tokens"] for row in found) > ROWS * 6
-    assert [len(row["response"]) for row in sampled] == [3] * 20
-    assert any(len(set(row["response"])) == 3 for row in sampled)
-
-
-def test_what_is_kept_equals_offline_vllm(infer, offline):
-    """Token ids of prompt and answer, and log probabilities of the tokens and the most likely others."""
-    keep = ["token_ids", "prompt_token_ids", "logprobs"]
-    _, found = infer(keep=keep, extra_body={"logprobs": 2})
-
-    for row, expected in zip(found, offline["kept"], strict=True):
-        assert row["response_token_ids"] == expected["token_ids"]
-        assert row["response_prompt_token_ids"] == expected["prompt_token_ids"]
-        told = [{str(one["token_id"]): one["logprob"] for one in (at, *at["top"])} for at in row["response_logprobs"]]
-        assert [set(at) for at in told] == [set(at) for at in expected["logprobs"]]
-        for at, true in zip(told, expected["logprobs"], strict=True):
-            assert at == pytest.approx(true, abs=0.05)
-
-
 def test_conversations_equal_offline_vllm(infer, texts, offline, tmp_path):
-    """From a column, of JSON text, and of structs after a template."""
-    chats = [[{"from": "system", "value": "Be brief."}, {"from": "human", "value": text}] for text in texts[:CHATS]]
-    forms = [
-        (pa.array([json.dumps(chat) for chat in chats]), "${chat}"),
-        (pa.array([chat[1:] for chat in chats]), [{"role": "system", "content": "Be brief."}, "${chat}"]),
-    ]
-    for number, (column, messages) in enumerate(forms):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        pq.write_table(pa.table({"chat": column}), folder / "0.parquet")
-        _, found = infer(prompt=None, messages=messages, source=str(folder), output=str(folder / "_out"))
+    """From a column, after a template."""
+    turns = [[{"from": "human", "value": text}] for text in texts[:CHATS]]
+    pq.write_table(pa.table({"chat": pa.array(turns)}), tmp_path / "in.parquet")
+    messages = [{"role": "system", "content": "Be brief."}, "${chat}"]
+    _, found = infer(prompt=None, messages=messages, source=str(tmp_path / "in.parquet"))
 
-        assert [row["response"] for row in found] == offline["chats"]
+    assert [row["response"] for row in found] == offline["chats"]
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"extra_body": {"respone_format": {"type": "text"}}}, "extra_body.respone_format: .*is it response_format"),
-        (
-            {"prompt": None, "messages": [{"role": "user", "content": "x"}], "keep": ["reasoning"]},
-            "keep='reasoning': the engine has no parser for it; .*reasoning_parser",
-        ),
         ({"temperature": 1, "seed": 5}, "seed: .*CPUs"),
-        ({"output_schema": "no.such:Model"}, "output_schema: cannot import no.such:Model"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_once(infer, tmp_path, fields, words):

@@ -84,7 +84,7 @@ def test_the_authors_code_and_credentials_reach_a_task_and_nobody_else(cluster, 
     environment = pack(RuntimeEnv(**spec, py_modules=("beside_the_dag",)), tmp_path)
     storage = {"s3": {"key": PRIVATE_KEY, "secret": PRIVATE_SECRET}}
     fs = s3fs.S3FileSystem(**storage["s3"], endpoint_url=s3.url)
-    fs.mkdir(PRIVATE_BUCKET)
+    fs.makedirs(PRIVATE_BUCKET, exist_ok=True)
     fs.pipe_file(f"{PRIVATE_BUCKET}/in/a.txt", b"one\ntwo\n")
     batch = {"source": f"s3://{PRIVATE_BUCKET}/in", "prompt": "Say: ${text}", "max_tokens": 4}
     batch |= {"output": f"s3://{PRIVATE_BUCKET}/out", "preprocess": "beside_the_dag.rows:clean"}

@@ -17,7 +17,7 @@ RUN_TIMEOUT_S = 500
 def test_a_run_with_the_authors_code_and_connections(scene, s3):
     """The function is in no image, the storage opens to nobody else, one engine lives within the other's time."""
     fs = s3fs.S3FileSystem(key=PRIVATE_KEY, secret=PRIVATE_SECRET, endpoint_url=s3.url)
-    fs.mkdir(PRIVATE_BUCKET, exist_ok=True)
+    fs.makedirs(PRIVATE_BUCKET, exist_ok=True)
     fs.pipe_file(f"{PRIVATE_BUCKET}/system/in.txt", "".join(f"row {i}\n" for i in range(ROWS)).encode())
     airflow = scene.airflow
     extra = json.dumps({"endpoint_url": s3.url})
