@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -16,21 +15,22 @@ from airflow_provider_raylm.errors import EngineError
 AT_A_TIME = 8
 
 
-def fetch(adapters: Mapping[str, str]) -> dict[str, str]:
+def fetch(adapters: Mapping[str, str], folder: str) -> dict[str, str]:
     """Return where each adapter lies on this node.
 
-    One on a path of the node stays there; one at a URI is copied; a Hugging Face id is vLLM's own affair.
+    One on a path of the node stays there; one at a URI is copied below *folder*, where vLLM may read it as long as the
+    engine lives; a Hugging Face id is vLLM's own affair.
 
     Raises:
         EngineError: there is none.
     """
-    return {name: _fetched(name, place) for name, place in adapters.items()}
+    places = {}
+    for number, (name, place) in enumerate(adapters.items()):
+        places[name] = _fetched(name, place, str(Path(folder, str(number)))) if "://" in place else place
+    return places
 
 
-def _fetched(name: str, place: str) -> str:
-    if "://" not in place:
-        return place
-    folder = tempfile.mkdtemp(prefix="raylm-adapter-")
+def _fetched(name: str, place: str, folder: str) -> str:
     try:
         files, path = fsspec.core.url_to_fs(place)
         files.get(path.rstrip("/") + "/", folder, recursive=True)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ray import serve
@@ -73,8 +74,9 @@ class BlockLLMServer(LLMServer):
         secret_env.load(engine.secret_env)
         log_starts = _log_sizes()
         self._callers = Callers()
+        self._folder = TemporaryDirectory(prefix="raylm-replica-")
         try:
-            places = await asyncio.to_thread(adapters.fetch, engine.adapters)
+            places = await asyncio.to_thread(adapters.fetch, engine.adapters, self._folder.name)
             await super().__init__(llm_config(engine, await asyncio.to_thread(adapters.engine_kwargs, places)))
             await adapters.load(self.engine._oai_models, places)
         except Exception as error:
@@ -198,6 +200,8 @@ class BlockLLMServer(LLMServer):
         client = getattr(getattr(self, "engine", None), "_engine_client", None)
         if client is not None:
             client.shutdown()
+        if hasattr(self, "_folder"):
+            self._folder.cleanup()
         await super().__del__()
 
 
