@@ -148,6 +148,8 @@ class BatchFields(TypedDict, total=False):
     grammar: Later | None
     reasks: int | Later
     on_length: Literal["write", "fail"] | Later
+    truncate_prompt_tokens: int | Later | None
+    truncation_side: Literal["left", "right"] | Later | None
     keep: Sequence[Literal["reasoning", "tool_calls", "logprobs", "token_ids", "prompt_token_ids"] | Later] | Later
     dimensions: int | Later | None
     normalize: bool | Later | None

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # What of a report goes into an asset event and a run facet; both name the output themselves.
 _ROWS = ("rows_in", "rows_written", "rows_quarantined", "rows_already_done")
-_ANSWERS = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens", "cut_off", "reasked")
+_ANSWERS = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens", "truncated_prompts", "cut_off", "reasked")
 _TOLD = (*_ROWS, "prompt_tokens", "completion_tokens", "model", "fingerprint")
 _GLOB = re.compile(r"[*?\[]")
 

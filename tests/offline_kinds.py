@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 from tests.offline import ENGINE_KWARGS, IN_PROCESS, stay_in_process, texts
 
+# What becomes of longer texts.
+CUT = {"truncate_prompt_tokens": 20, "truncation_side": "left"}
 ENCODER_KWARGS = {name: ENGINE_KWARGS[name] for name in ("dtype", "enforce_eager")}
 
 
@@ -29,6 +31,9 @@ def main(request: Path, answers: Path) -> None:
     llm = LLM(model=task["embed"], runner="pooling", **ENCODER_KWARGS, **IN_PROCESS)
     found["embed"] = [one.outputs.embedding for one in llm.embed(task["texts"], use_tqdm=False)]
     found["cosine"] = [one.outputs.score for one in llm.score(task["query"], task["texts"], use_tqdm=False)]
+    found["longer"] = [len(llm.get_tokenizer().encode(one)) > CUT["truncate_prompt_tokens"] for one in task["texts"]]
+    cut = llm.embed(task["texts"], use_tqdm=False, tokenization_kwargs=CUT)
+    found["cut"] = [one.outputs.embedding for one in cut]
     del llm
     llm = LLM(model=task["score"], runner="pooling", **ENCODER_KWARGS, **IN_PROCESS)
     found["classify"] = [one.outputs.probs for one in llm.classify(task["texts"], use_tqdm=False)]

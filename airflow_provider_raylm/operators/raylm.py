@@ -179,10 +179,11 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
             *(report.rows_in, report.rows_written, report.rows_quarantined, report.rows_already_done),
             *(report.rows_per_s, report.tokens_per_s, report.output),
         )
-        if report.cut_off or report.reasked:
+        if report.cut_off or report.reasked or report.truncated_prompts:
             self.log.info(
-                "%d answers cut off by max_tokens; %d answers did not fit, and their rows were asked again",
-                *(report.cut_off, report.reasked),
+                "%d prompts truncated; %d answers cut off by max_tokens; %d answers did not fit, and their rows were "
+                "asked again",
+                *(report.truncated_prompts, report.cut_off, report.reasked),
             )
         measure_batch(context, report)
         announce(context, self.outlets, report)

@@ -21,6 +21,9 @@ class BatchReport(Value):
     prompt_tokens: int = 0
     cached_prompt_tokens: int = Field(0, description="Those of prompt_tokens that the engine had in its cache.")
     completion_tokens: int = 0
+    truncated_prompts: int = Field(
+        0, description="Prompts longer than truncate_prompt_tokens, each time they were asked."
+    )
     cut_off: int = Field(0, description="Answers that ended at max_tokens, written or not.")
     reasked: int = Field(0, description="Answers that did not fit, so that their row was asked again.")
     seconds: float = 0.0

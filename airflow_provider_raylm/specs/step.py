@@ -135,6 +135,12 @@ class Step(Value):
     on_length: Literal["write", "fail"] = Field(
         "write", description="What becomes of a row whose answer is cut off by max_tokens."
     )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="Tokens of a longer prompt to keep; -1 for as many as there is room for."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Where a longer prompt is cut; default: as its tokenizer does, most on the right."
+    )
     keep: tuple[Kept, ...] = Field(
         (), description="What of the answer has a column of its own, named <output_column>_<name>."
     )
@@ -154,7 +160,8 @@ class Step(Value):
         "classify": ("probabilities",),
         "score": (),
     }
-    _of_all: ClassVar[tuple[str, ...]] = ("output_column", "extra_body")
+    truncation_fields: ClassVar[tuple[str, ...]] = ("truncate_prompt_tokens", "truncation_side")
+    _of_all: ClassVar[tuple[str, ...]] = ("output_column", "extra_body", *truncation_fields)
     sampling_fields: ClassVar[tuple[str, ...]] = (
         "max_tokens",
         "temperature",
@@ -172,7 +179,7 @@ class Step(Value):
     _not_in_extra_body: ClassVar[frozenset[str]] = frozenset(
         {
             *(*sampling_fields, "model", "prompt", "messages", "stream", "n", "best_of", "echo", "request_id"),
-            *("session_id", "max_completion_tokens", "use_beam_search"),
+            *("session_id", "max_completion_tokens", "use_beam_search", *truncation_fields),
         }
     )
     # What is paid for and has to be kept, then.
@@ -194,6 +201,7 @@ class Step(Value):
         self._check_kind()
         self._check_extra_body()
         self._check_constraint()
+        self._check_truncation()
         for name in ("reasoning", "tool_calls"):
             if name in self.keep and self.prompt is not None:
                 raise ValueError(f"keep: {name!r} is a chat's; ask with messages")
@@ -233,13 +241,22 @@ class Step(Value):
     def _check_extra_body(self) -> None:
         refused = sorted(self._not_in_extra_body & set(self.extra_body))
         if refused:
-            raise ValueError(f"extra_body.{refused[0]}: not accepted here")
+            own = refused[0] in type(self).model_fields
+            raise ValueError(
+                f"extra_body.{refused[0]}: " + ("it is a field of its own" if own else "not accepted here")
+            )
         for name in self.extra_body:
             kept = self._kept_by.get(name)
             if kept is not None and kept not in self.keep:
                 raise ValueError(f"extra_body.{name}: its result would be dropped; add keep=[{kept!r}] or leave it out")
             if name in self._never_kept:
                 raise ValueError(f"extra_body.{name}: its result has no column, so it would be paid for and dropped")
+
+    def _check_truncation(self) -> None:
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens: 0 leaves nothing of a prompt")
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
+            raise ValueError("truncation_side: nothing is cut without truncate_prompt_tokens; give that, too")
 
     def _check_constraint(self) -> None:
         given = [name for name in self.constraints if getattr(self, name) is not None]
@@ -264,6 +281,11 @@ class Step(Value):
         """Sampling fields whose value all rows share."""
         chosen = self.model_dump(mode="json", include=set(self.sampling_fields), exclude_none=True)
         return {name: value for name, value in chosen.items() if name not in self.row_parameters}
+
+    @property
+    def truncation(self) -> dict[str, JsonValue]:
+        """What is to become of a longer prompt, by vLLM's names."""
+        return self.model_dump(mode="json", include=set(self.truncation_fields), exclude_none=True)
 
     @property
     def row_parameters(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ from tests.clusters import ENGINE_ENVIRON
 from tests.conftest import LABELS, REPOSITORY
 from tests.integration.conftest import MAX_TOKENS, ROWS
 from tests.offline import ENGINE_KWARGS
-from tests.offline_kinds import ENCODER_KWARGS
+from tests.offline_kinds import CUT, ENCODER_KWARGS
 from tests.s3 import BUCKET
 from tests.tiny_encoders import LABEL, LENGTH, make_adapter, make_encoder
 
@@ -96,10 +96,14 @@ def infer(cluster, deployed, kinds, tmp_path):
 
 
 def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds):
-    """As lists of one size, with vLLM's own count of tokens; two texts have the cosine of their embeddings."""
+    """As lists of one size, with vLLM's own count of tokens; two texts have the cosine of their embeddings.
+
+    A text that is cut has the embedding of what is left, and is counted.
+    """
     steps = [
         {"embed": "${text}", "output_column": "vector"},
         {"score": ["${query}", "${text}"], "output_column": "cosine"},
+        {"embed": "${text}", "output_column": "cut", **CUT},
     ]
     report, found = infer("embed", steps=steps)
     vectors = np.array(found["vector"].to_pylist(), np.float32)
@@ -107,6 +111,8 @@ def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds):
     assert found.schema.field("vector").type == pa.list_(pa.float32(), 64)
     assert np.abs(vectors - np.array(kinds.truth.embed, np.float32)).max() < CLOSE
     assert found["cosine"].to_pylist() == pytest.approx(kinds.truth.cosine, abs=CLOSE)
+    assert np.abs(np.array(found["cut"].to_pylist()) - np.array(kinds.truth.cut)).max() < CLOSE
+    assert report["truncated_prompts"] == sum(kinds.truth.longer) > ROWS / 2
     assert report["prompt_tokens"] > 2 * ROWS
     assert (report["rows_written"], report["completion_tokens"], report["failures"]) == (ROWS, 0, {})
 

@@ -12,6 +12,8 @@ from airflow_provider_raylm.errors import BatchError
 from tests.integration.conftest import CHATS, CHOICE, MAX_TOKENS, ROWS, SCHEMA
 from tests.offline import TYPED_TOKENS, budget_of
 
+CUT_TOKENS = 12
+CUT = {"truncate_prompt_tokens": CUT_TOKENS, "truncation_side": "left"}
 KEEP = ["token_ids", "prompt_token_ids", "logprobs"]
 GREEDY = {"temperature": 0, "max_tokens": MAX_TOKENS}
 
@@ -51,6 +53,7 @@ def test_what_a_step_may_ask_equals_offline_vllm(infer, offline, tmp_path):
         {**asked, "output_column": "several", "n": 2, "top_k": 1, "temperature": None, "max_tokens": 6},
         {**asked, "output_column": "choice", "choice": CHOICE, "max_tokens": TYPED_TOKENS},
         {**asked, "output_column": "kept", "keep": KEEP, "extra_body": {"logprobs": 2}, "max_tokens": MAX_TOKENS},
+        {**asked, "output_column": "cut", "keep": ["prompt_token_ids"], "max_tokens": 1, **CUT},
         {**asked, "output_column": "typed", "output_schema": SCHEMA, "reasks": 0, "max_tokens": TYPED_TOKENS},
     ]
     unset = dict.fromkeys(("prompt", "temperature", "max_tokens"))
@@ -68,6 +71,9 @@ def test_what_a_step_may_ask_equals_offline_vllm(infer, offline, tmp_path):
     assert [row["choice"] for row in found] == [offline["choice"][i] for i in there]
     assert [row["several"] for row in found] == [offline["several"][i] for i in there]
     assert report["completion_tokens"] > ROWS * (2 * 6 + MAX_TOKENS)
+    prompts = [one["prompt_token_ids"] for one in offline["kept"]]
+    assert [row["cut_prompt_token_ids"] for row in found] == [prompts[i][-CUT_TOKENS:] for i in there]
+    assert report["truncated_prompts"] == sum(len(one) > CUT_TOKENS for one in prompts) > ROWS / 2
     for row, i in zip(found, there, strict=True):
         _check_kept(row, offline["kept"][i])
 

@@ -37,6 +37,8 @@ def test_every_dag_parses(dagbag):
         ("raylm_taskflow", ["reader"], {"summary", "language"}),
         ("raylm_typed_extraction", ["reader"], {"facts", "urgency"}),
         ("raylm_conversations", ["assistant"], {"reply"}),
+        ("raylm_embeddings", ["encoder", "classifier"], {"vectors", "classes"}),
+        ("raylm_adapters", ["writer"], {"checked", "reply"}),
         ("raylm_sweep_engines", [], set()),
     ],
 )

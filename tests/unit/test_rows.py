@@ -57,13 +57,29 @@ def test_an_empty_prompt_is_a_row_error(step):
 
 def test_what_all_rows_share_is_said_once():
     """The model and how to sample, as an OpenAI request without a question; the question is the row's own."""
-    step = Step(prompt="Say ${a}", max_tokens=4, temperature=0, stop=["."], extra_body={"priority": 1})
+    step = Step(
+        prompt="Say ${a}",
+        max_tokens=4,
+        temperature=0,
+        stop=["."],
+        truncate_prompt_tokens=9,
+        truncation_side="left",
+        extra_body={"priority": 1},
+    )
 
     question = compile_step(step, "m")
 
     assert json.loads(question.question) == {
         "kind": "completion",
-        "fields": {"model": "m", "max_tokens": 4, "temperature": 0, "stop": ["."], "priority": 1},
+        "fields": {
+            "model": "m",
+            "max_tokens": 4,
+            "temperature": 0,
+            "stop": ["."],
+            "truncate_prompt_tokens": 9,
+            "truncation_side": "left",
+            "priority": 1,
+        },
         "keep": [],
     }
     assert question.request({"a": 'quote " and \ud800'}) == Request('Say quote " and \ud800', "")

@@ -33,6 +33,7 @@ class Answer:
         completion_tokens: tokens of all answers.
         cached_tokens: those of the prompt whose keys and values the engine had.
         extra: what else the row is to keep, by its name in ``Step.keep``.
+        truncated: whether the prompt was longer than the row's truncate_prompt_tokens.
     """
 
     value: str | list[str]
@@ -41,6 +42,7 @@ class Answer:
     completion_tokens: int
     cached_tokens: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    truncated: bool = False
 
 
 @dataclass(frozen=True)

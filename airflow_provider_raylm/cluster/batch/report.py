@@ -11,7 +11,14 @@ import pyarrow as pa
 from airflow_provider_raylm.cluster.batch.output import Written
 from airflow_provider_raylm.cluster.batch.stage import MESSAGE, REASON, Answered
 
-ENGINE_COUNTS = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens", "cut_off", "reasked")
+ENGINE_COUNTS = (
+    "prompt_tokens",
+    "cached_prompt_tokens",
+    "completion_tokens",
+    "truncated_prompts",
+    "cut_off",
+    "reasked",
+)
 """What ``Answered`` counts, by the name that the report has for it."""
 
 COUNTS = pa.schema(

@@ -42,7 +42,7 @@ class Answered:
         rows: the answered rows, as they are written.
         failed: the others, as they came.
         counts: what the engine was paid for, failed rows included: ``prompt_tokens``, ``cached_prompt_tokens``,
-            ``completion_tokens``; ``cut_off`` and ``reasked`` are answers.
+            ``completion_tokens``; ``cut_off`` and ``reasked`` are answers, ``truncated_prompts`` prompts.
     """
 
     rows: pa.Table
@@ -74,6 +74,7 @@ class _Block:
         self.counts["prompt_tokens"] += answer.prompt_tokens
         self.counts["completion_tokens"] += answer.completion_tokens
         self.counts["cached_prompt_tokens"] += answer.cached_tokens
+        self.counts["truncated_prompts"] += answer.truncated
         self.counts["cut_off"] += answer.finish_reason == "length"
 
     def live(self) -> list[int]:

@@ -39,7 +39,13 @@ class Generation:
         self._overrides = compile_parameters(step)
         self._content = _prompt(step.prompt) if step.prompt is not None else compile_messages(step)
         named = step.adapter if "adapter" not in step.row_parameters else None
-        fields = {"model": named or model, **step.parameters, **step.extra_body, **request_fields(step)}
+        fields = {
+            "model": named or model,
+            **step.parameters,
+            **step.truncation,
+            **step.extra_body,
+            **request_fields(step),
+        }
         if step.n > 1:
             fields["n"] = step.n
         if self._type.constraint is not None:

@@ -29,9 +29,9 @@ class _Pooling:
     def __init__(self, step: Step, vector_size: int) -> None:
         self._step = step
         self._texts = [compile_template(template) for template in step.templates]
-        chosen = {"dimensions": step.dimensions, "use_activation": step.normalize}
-        fields = {name: value for name, value in chosen.items() if value is not None}
-        self.question = json.dumps({"kind": self.kind, "fields": {**fields, **step.extra_body}, "keep": []})
+        chosen = {"dimensions": step.dimensions, "use_activation": step.normalize, **step.truncation}
+        fields = {name: value for name, value in chosen.items() if value is not None} | step.extra_body
+        self.question = json.dumps({"kind": self.kind, "fields": fields, "keep": []})
         self.columns = [pa.field(step.output_column, self._type(vector_size))]
 
     def _type(self, vector_size: int) -> pa.DataType:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, ClassVar
@@ -15,12 +16,13 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingType
 
-from airflow_provider_raylm.cluster.batch.exchange import Content, Outcome, Request
+from airflow_provider_raylm.cluster.batch.exchange import Content, Outcome, Refusal, Request
 from airflow_provider_raylm.cluster.replica.admission import Enter
 from airflow_provider_raylm.cluster.replica.questions import answers
 from airflow_provider_raylm.cluster.replica.questions.vllm import Vllm, refusal_of
 from airflow_provider_raylm.cluster.replica.serving import Row
 from airflow_provider_raylm.errors import EngineError
+from airflow_provider_raylm.specs import Step
 
 
 class Generation:
@@ -80,7 +82,8 @@ class Generation:
         try:
             asked = self._with(request.overrides)
             if inputs is None:
-                return await asked._answer(request_id, request.content, timeout, enter)
+                outcome = await asked._answer(request_id, request.content, timeout, enter)
+                return await asked._marked(request.content, outcome)
         except Exception as error:
             return await self._vllm.refusal(error)
         return await asked._generate(request_id, inputs, timeout, enter)
@@ -131,6 +134,31 @@ class Generation:
                 f"max_tokens is {wanted}, but prompt and answer together have room for {context} tokens "
                 "(max_model_len)."
             )
+
+        cut = self._request.truncate_prompt_tokens
+        if cut is not None and cut > context - (wanted or 0):
+            raise ValueError(
+                f"truncate_prompt_tokens is {cut}, but beside max_tokens a prompt has room for "
+                f"{context - (wanted or 0)} tokens (max_model_len)."
+            )
+
+    async def _marked(self, content: Content, outcome: Outcome) -> Outcome:
+        """Say of an answer whether its prompt was cut, which vLLM does not: whether it is longer without the limit."""
+        limit = self._request.truncate_prompt_tokens
+        if limit is None or isinstance(outcome, Refusal):
+            return outcome
+        if limit < 0:
+            limit = self._vllm.context - self._request.max_tokens
+        if outcome.prompt_tokens < limit:
+            return outcome
+        whole = self._of("", content).model_copy(update=dict.fromkeys(Step.truncation_fields))
+        try:
+            (inputs,) = await self._render(whole)
+            longer = len(inputs["prompt_token_ids"]) > limit
+        except Exception:
+            # What can be rendered with the limit, and cannot be without, is too long.
+            longer = True
+        return replace(outcome, truncated=longer)
 
     async def _answer(self, request_id: str, content: Content, timeout: float | None, enter: Enter) -> Outcome:
         """Answer one row from what it asks."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
@@ -27,9 +27,7 @@ from airflow_provider_raylm.cluster.batch.exchange import Answer, Outcome, Reque
 from airflow_provider_raylm.cluster.replica.admission import Enter
 from airflow_provider_raylm.cluster.replica.questions.vllm import Vllm
 from airflow_provider_raylm.cluster.replica.serving import Row
-
-# What vLLM's tokenizers heed, beside the fields of PoolingParams.
-_TOKENIZATION = ("truncate_prompt_tokens", "truncation_side")
+from airflow_provider_raylm.specs import Step
 
 
 class Pooling:
@@ -40,11 +38,15 @@ class Pooling:
     def __init__(self, vllm: Vllm, fields: dict[str, Any], keep: Sequence[str]) -> None:
         self._vllm = vllm
         self._task, self._processor = self._of(vllm)
-        self._tokenization = {name: fields[name] for name in _TOKENIZATION if name in fields}
-        chosen = {name: value for name, value in fields.items() if name not in _TOKENIZATION}
+        # What vLLM's tokenizers heed, beside the fields of PoolingParams.
+        self._tokenization = {name: fields[name] for name in Step.truncation_fields if name in fields}
+        self._limit = self._tokenization.get("truncate_prompt_tokens")
+        if self._limit is not None and self._limit > vllm.context:
+            raise ValueError(f"truncate_prompt_tokens is {self._limit}, but the model reads {vllm.context} tokens.")
+        chosen = {name: value for name, value in fields.items() if name not in Step.truncation_fields}
         known = PoolingParams().all_parameters
         if unknown := [name for name in chosen if name not in known]:
-            has = ", ".join((*known, *_TOKENIZATION))
+            has = ", ".join(known)
             raise ValueError(f"extra_body.{unknown[0]}: not a parameter of {self.name}; vLLM has {has}.")
         self._params = PoolingParams(task=self._task, **chosen)
         self._params.verify(vllm.client.vllm_config.model_config)
@@ -62,22 +64,25 @@ class Pooling:
         block = uuid4().hex
         rendered: Sequence[Any] = [None] * len(requests)
         with suppress(Exception):
-            rendered = await asyncio.to_thread(self._rendered, requests)
+            rendered = await asyncio.to_thread(self._rendered, requests, self._tokenization)
         return [
             partial(self._row, f"{block}-{i}", request, inputs, timeout)
             for i, (request, inputs) in enumerate(zip(requests, rendered, strict=True))
         ]
 
-    def _rendered(self, requests: Sequence[Request]) -> list[list[Any]]:
+    def _rendered(self, requests: Sequence[Request], tokenization: Mapping[str, Any]) -> list[list[Any]]:
         """Return what the engine takes for each row, one input or more."""
-        return [[self._processor.render(one) for one in self._renderings(request)] for request in requests]
+        return [
+            [self._processor.render(one) for one in self._renderings(request, dict(tokenization))]
+            for request in requests
+        ]
 
-    def _renderings(self, request: Request) -> list[Any]:
+    def _renderings(self, request: Request, tokenization: dict[str, Any]) -> list[Any]:
         context = OfflineEncodeInputsContext(
             pooling_task=self._task,
             prompts=[request.content],
             pooling_params=self._params,
-            tokenization_kwargs=self._tokenization,
+            tokenization_kwargs=tokenization,
             lora_request=None,
             priorities=None,
         )
@@ -89,7 +94,7 @@ class Pooling:
     ) -> Outcome:
         try:
             if inputs is None:
-                (inputs,) = await asyncio.to_thread(self._rendered, [request])
+                (inputs,) = await asyncio.to_thread(self._rendered, [request], self._tokenization)
             async with enter(), self._vllm.stalls.bounded(request_id, timeout):
                 outputs = [await self._encode(f"{request_id}-{i}", one) for i, one in enumerate(inputs)]
             (output,) = self._processor.post_process_offline(OfflineOutputsContext(outputs=outputs, n_queries=1))
@@ -97,7 +102,19 @@ class Pooling:
             return await self._vllm.refusal(error)
         # The score of two embeddings is a tensor, not an output that holds one.
         data = output.outputs.data if isinstance(output.outputs, PoolingOutput) else output.outputs
-        return Answer(self._value(data), "", sum(len(one.prompt_token_ids) for one in outputs), 0)
+        tokens = [len(one.prompt_token_ids) for one in outputs]
+        return Answer(self._value(data), "", sum(tokens), 0, truncated=await self._is_longer(request, tokens))
+
+    async def _is_longer(self, request: Request, tokens: Sequence[int]) -> bool:
+        """Return whether a text was cut, which vLLM does not tell: whether it is longer without the limit."""
+        if self._limit is None or max(tokens) < (self._limit if self._limit > 0 else self._vllm.context):
+            return False
+        try:
+            (whole,) = await asyncio.to_thread(self._rendered, [request], {})
+        except Exception:
+            # What can be rendered with the limit, and cannot be without, is too long.
+            return True
+        return sum(len(one["prompts"]["prompt_token_ids"]) for one in whole) > sum(tokens)
 
     async def _encode(self, request_id: str, inputs: Any) -> Any:
         stream = self._vllm.client.encode(inputs["prompts"], inputs["params"], request_id)
@@ -137,14 +154,14 @@ class Score(Pooling):
         processor = vllm.processor(SCORE_TYPE_MAP.get(vllm.pooling_task), self.name)
         return processor.pooling_task, processor
 
-    def _renderings(self, request: Request) -> list[Any]:
+    def _renderings(self, request: Request, tokenization: dict[str, Any]) -> list[Any]:
         query, document = json.loads(str(request.content))
         context = OfflineScoringInputsContext(
             pooling_task=self._task,
             scoring_data=self._processor.valid_inputs(query, document),
             chat_template=None,
             pooling_params=self._params,
-            tokenization_kwargs=self._tokenization,
+            tokenization_kwargs=tokenization,
             lora_request=None,
             priorities=None,
         )
