@@ -103,6 +103,7 @@ class EngineFields(TypedDict, total=False):
     engine_kwargs: Mapping[str, Any] | Later
     task: Literal["generate", "embed", "classify", "score"] | Later
     adapters: Mapping[str, Any] | Later
+    media: Mapping[str, Any] | Later
     accelerator_type: Later | None
     gpus: float | Later
     cpus: float | Later

@@ -128,9 +128,9 @@ class FakeRayJobs:
         Needs pyarrow, and jsonschema for an ``output_schema``. An embedding without ``dimensions`` has as many numbers
         as the model gives; here it is a list of any size.
         """
-        from airflow_provider_raylm.cluster.batch.rows import compile_step
+        from airflow_provider_raylm.cluster.batch.rows import Engine, compile_step
 
-        made = [column for step in self.batches[task_id].all_steps for column in compile_step(step, "").columns]
+        made = [column for step in self.batches[task_id].all_steps for column in compile_step(step, Engine()).columns]
         return {column.name: str(column.type) for column in made}
 
     def fail(self, task_id: str, error: RayLMError) -> None:

@@ -1,8 +1,9 @@
 """What vLLM alone makes of texts, with encoders and adapters. Runs as a process of its own.
 
-Reads {"embed", "score", "texts", "query", "model", "adapters", "prompts", "max_tokens"} from the file named
-first; writes vectors, probabilities, scores, and the answers of each adapter to the prompts, to the second. Of the
-reranker also what the replica's own classes make of the same engine, for which no other has to start.
+Reads {"embed", "score", "texts", "query", "model", "adapters", "prompts", "max_tokens", "vision", "images"} from the
+file named first; writes vectors, probabilities, scores, the answers of each adapter to the prompts, and what is said
+to a text with one of so many images, to the second. Of the reranker also what the replica's own classes make of the same
+engine, for which no other has to start.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tests.offline import ENGINE_KWARGS, IN_PROCESS, stay_in_process, texts
+from tests.tiny_vision import inline, make_image
 
 # What becomes of longer texts.
 CUT = {"truncate_prompt_tokens": 20, "truncation_side": "left"}
@@ -48,7 +50,26 @@ def main(request: Path, answers: Path) -> None:
         name: texts(llm.generate(task["prompts"], sampling, use_tqdm=False, lora_request=LoRARequest(name, i, path)))
         for i, (name, path) in enumerate(task["adapters"].items(), 1)
     }
+    del llm
+    llm = LLM(model=task["vision"], **ENGINE_KWARGS, **IN_PROCESS)
+    found["seen"] = texts(llm.chat(_with_images(task["texts"], task["images"]), sampling, use_tqdm=False))
     answers.write_text(json.dumps(found))
+
+
+def _with_images(said, images):
+    addresses = [inline(make_image(seed)) for seed in range(images)]
+    return [
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": text},
+                    {"type": "image_url", "image_url": {"url": addresses[i % images]}},
+                ],
+            }
+        ]
+        for i, text in enumerate(said)
+    ]
 
 
 class _Client:

@@ -32,12 +32,9 @@ def make_tiny_model(
     if (folder / "tokenizer_config.json").exists():
         return folder
     import torch
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level_bpe(vocabulary), eos_token="<|end|>", pad_token="<|end|>"
-    )
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer = make_tokenizer(_CHAT_TEMPLATE, vocabulary=vocabulary)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -67,6 +64,18 @@ def make_tiny_model(
         config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_tokenizer(chat_template: str, *further: str, vocabulary: int = VOCABULARY) -> object:
+    """Return a byte-level BPE tokenizer with the tokens of a chat and *further* ones."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level_bpe(vocabulary), eos_token="<|end|>", pad_token="<|end|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(further)})
+    tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def _byte_level_bpe(vocabulary: int) -> object:

@@ -7,6 +7,7 @@ plain JSON on the wire, so that the worker, the cluster and a unit test see the 
 from airflow_provider_raylm.specs.base import RESERVED_PREFIX, SpecT, Value, build, check_unrendered, read_json_text
 from airflow_provider_raylm.specs.batch import BatchSpec, Format, OutputFormat
 from airflow_provider_raylm.specs.engine import EngineQuery, EngineRef, EngineSpec, EngineTask, Labels, Lease
+from airflow_provider_raylm.specs.media import Media
 from airflow_provider_raylm.specs.reports import (
     BatchReport,
     EngineInfo,
@@ -33,6 +34,7 @@ __all__ = [
     "Format",
     "Labels",
     "Lease",
+    "Media",
     "OnBusy",
     "OutputFormat",
     "RuntimeEnv",

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from airflow_provider_raylm.specs.base import JsonObject, Value
+from airflow_provider_raylm.specs.media import Media
 from airflow_provider_raylm.specs.runtime_env import RuntimeEnv
 
 EngineTask = Literal["generate", "embed", "classify", "score"]
@@ -46,6 +47,7 @@ class EngineSpec(Value):
         default_factory=dict,
         description="LoRA adapters by name: path on the cluster, URI, or Hugging Face id; Step.adapter chooses.",
     )
+    media: Media = Field(Media(), description="Which images rows may name, beside those that they hold.")
     accelerator_type: str | None = Field(None, description="Ray's name of the accelerator, e.g. H100.")
     gpus: float = Field(1, ge=0, description="GPU of each vLLM worker: 1, a fraction of a shared one, or 0 for CPUs.")
     cpus: float = Field(1, gt=0, description="CPUs of each replica's own process.")
@@ -100,6 +102,8 @@ class EngineSpec(Value):
         "prefill_context_parallel_size": "Ray reserves no GPUs for it; set EngineSpec.tensor_parallel_size instead",
         "data_parallel_*": "set EngineSpec.replicas instead",
         "distributed_executor_backend": "EngineSpec.gpus decides: with GPUs Ray's workers, without processes",
+        "allowed_media_domains": "set EngineSpec.media instead",
+        "allowed_local_media_path": "set EngineSpec.media instead",
         "device_ids": "Ray chooses the GPUs; set EngineSpec.accelerator_type for a kind",
         "nnodes": "Ray chooses the nodes",
         "node_rank": "Ray chooses the nodes",
@@ -228,6 +232,7 @@ class EngineRef(Value):
     lease: Lease
     task: EngineTask = "generate"
     replicas: int = Field(1, description="Replicas of the engine, at most.")
+    media: Media = Field(Media(), description="Which images rows may name.")
     vector_size: int = Field(0, description="Numbers of an embedding; 0 for an engine that does not embed.")
     runtime_env: RuntimeEnv = Field(RuntimeEnv(), description="Its own: the tasks on it get the same.")
     dashboard_url: str = ""

@@ -4,52 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, GetCoreSchemaHandler, JsonValue, model_validator
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, JsonValue, model_validator
 
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.specs.base import RESERVED_PREFIX, JsonObject, Value
-
-PLACEHOLDER = re.compile(r"\$\$\{|\$\{([^{}]+)\}")
-"""``$${`` stands for ``${``, ``${column}`` for a row's value."""
-_COLUMN = re.compile(r"\$\{([^{}]+)\}")
+from airflow_provider_raylm.specs.per_row import PerRow, column_of, placeholders
+from airflow_provider_raylm.specs.turns import Turn, templates_of
 
 Kept = Literal["reasoning", "tool_calls", "logprobs", "token_ids", "prompt_token_ids"]
 """What an answer has beside its text."""
-
-
-def placeholders(template: str) -> list[str]:
-    """Return the column names in *template*, in order of appearance."""
-    return [match.group(1) for match in PLACEHOLDER.finditer(template) if match.group(1)]
-
-
-def column_of(value: object) -> str | None:
-    """Return the column that a field is told by (``"${column}"``, and nothing else), or None."""
-    match = _COLUMN.fullmatch(value) if isinstance(value, str) else None
-    return match and match.group(1)
-
-
-@dataclass(frozen=True)
-class PerRow:
-    """Lets a field be ``"${column}"`` instead of a value; then each row tells the value.
-
-    Args:
-        kind: the type of a value.
-    """
-
-    kind: Any
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Tell the two apart before either is looked at, so that an error speaks of what was meant."""
-        # Names in brackets are left out of errors.
-        schema: CoreSchema = core_schema.tagged_union_schema(
-            {"[value]": handler.generate_schema(self.kind), "[column]": core_schema.str_schema()},
-            discriminator=lambda given: "[value]" if column_of(given) is None else "[column]",
-        )
-        return core_schema.nullable_schema(schema) if type(None) in get_args(source) else schema
 
 
 _KINDS_OF_TASKS: dict[str, tuple[str, ...]] = {
@@ -80,7 +45,6 @@ def require_kind(kind: str, task: str) -> None:
         )
 
 
-Turn = Annotated[dict[str, str] | str, PerRow(dict[str, str])]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -100,7 +64,7 @@ class Step(Value):
     prompt: str | None = Field(None, description="Template of a completion request.")
     messages: Annotated[tuple[Turn, ...] | str | None, PerRow(tuple[Turn, ...])] = Field(
         None,
-        description="A chat request: dicts with role and content (templates); `${column}` stands for a row's turns.",
+        description="A chat: dicts with role and content (a template, or parts); `${column}` stands for a row's turns.",
     )
     embed: str | None = Field(None, description="Template of a text whose embedding is asked for.")
     classify: str | None = Field(None, description="Template of a text whose class is asked for.")
@@ -301,7 +265,7 @@ class Step(Value):
                 yield text
         turns = (self.messages,) if isinstance(self.messages, str) else self.messages or ()
         for turn in turns:
-            yield turn if isinstance(turn, str) else turn["content"]
+            yield from templates_of(turn if isinstance(turn, str) else turn["content"])
 
     @property
     def columns_used(self) -> frozenset[str]:

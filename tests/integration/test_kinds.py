@@ -1,4 +1,4 @@
-"""Encoders, rerankers and adapters on real engines: row by row what vLLM alone answers."""
+"""Encoders, rerankers, adapters and images on real engines: row by row what vLLM alone answers."""
 
 import itertools
 import json
@@ -22,8 +22,10 @@ from tests.offline import ENGINE_KWARGS
 from tests.offline_kinds import CUT, ENCODER_KWARGS
 from tests.s3 import BUCKET
 from tests.tiny_encoders import LABEL, LENGTH, make_adapter, make_encoder
+from tests.tiny_vision import make_image, make_tiny_vision_model
 
 QUERY = "Which text is like this?"
+IMAGES = 20
 # Of one engine on CPUs to another: the order in which rows are computed together.
 CLOSE = 1e-4
 
@@ -39,7 +41,9 @@ def kinds(cluster, model, texts, tmp_path_factory):
     }
     short = [text[: LENGTH - 40] for text in texts]
     prompts = [f"Say: {text}" for text in short]
+    models["vision"] = str(make_tiny_vision_model(folder / "vision"))
     task = {**models, "texts": short, "query": QUERY, "model": str(model), "adapters": adapters, "prompts": prompts}
+    task["images"] = IMAGES
     (folder / "request.json").write_text(json.dumps({**task, "max_tokens": MAX_TOKENS}))
     command = [sys.executable, "-m", "tests.offline_kinds", folder / "request.json", folder / "answers.json"]
     subprocess.run(
@@ -71,6 +75,8 @@ def deployed(cluster, engine, kinds):
     # A parser takes chats apart, which is another way through vLLM.
     parsed = {**ENGINE_KWARGS, "reasoning_parser": "qwen3"}
     specs = [_spec("embed", kinds.models["embed"], task="embed")]
+    allowed = [f"s3://{BUCKET}/photos", str(kinds.folder / "photos")]
+    specs.append(_spec("seer", kinds.models["vision"], ENGINE_KWARGS, media={"allowed": allowed}))
     specs.append(_spec("writer", kinds.model, parsed, adapters=adapters, served_name="tiny"))
     jobs = {spec["name"]: _start(cluster, spec) for spec in specs}
     refs = {name: cluster.finish(job, timeout=580)[0] for name, job in jobs.items()}
@@ -148,6 +154,39 @@ def test_adapters_equal_offline_vllm(infer, kinds, tmp_path):
     assert report["failures"] == {"invalid_request": 1}
     differ = sum(one != other for one, other in zip(answers["legal"], answers["friendly"], strict=True))
     assert differ > ROWS / 2, "adapters must tell answers apart"
+
+
+def test_images_equal_offline_vllm(infer, kinds, tmp_path):
+    """That rows hold, and that they name, on S3 and in a folder; a row whose image is none, or not allowed, fails."""
+    pictures = [make_image(seed) for seed in range(IMAGES)]
+    folders = [f"s3://{BUCKET}/photos", str(kinds.folder / "photos")]
+    for number, picture in enumerate(pictures):
+        with fsspec.open(f"{folders[number % 2]}/{number}.png", "wb", auto_mkdir=number % 2 == 1) as file:
+            file.write(picture)
+    seen = [i % IMAGES for i in range(ROWS)]
+    rows = pq.read_table(kinds.source).append_column("photo", pa.array([pictures[i] for i in seen]))
+    rows = rows.append_column("address", pa.array([f"{folders[i % 2]}/{i}.png" for i in seen]))
+    bad = rows.slice(0, 2).set_column(2, "photo", pa.array([b"no image", pictures[0]]))
+    bad = bad.set_column(3, "address", pa.array([f"{folders[0]}/0.png", "s3://elsewhere/0.png"]))
+    pq.write_table(pa.concat_tables([rows, bad]), tmp_path / "in.parquet")
+    steps = [
+        {"messages": _seen("${photo}"), "output_column": "held", "temperature": 0, "max_tokens": MAX_TOKENS},
+        {"messages": _seen("${address}"), "output_column": "named", "temperature": 0, "max_tokens": MAX_TOKENS},
+    ]
+    report, found = infer("seer", steps=steps, source=str(tmp_path / "in.parquet"))
+
+    assert found["held"].to_pylist() == found["named"].to_pylist() == kinds.truth.seen
+    assert len(set(kinds.truth.seen)) > ROWS / 2
+    assert report["failures"] == {"invalid_request": 1, "invalid_image": 1}
+
+
+def _seen(image):
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "${text}"}, {"type": "image_url", "image_url": {"url": image}}],
+        }
+    ]
 
 
 def test_an_engine_with_a_parser_keeps_the_reasoning(infer, kinds):

@@ -29,6 +29,7 @@ from airflow_provider_raylm.cluster.batch.asking import Handle, once
 from airflow_provider_raylm.cluster.batch.loop import drained
 from airflow_provider_raylm.cluster.batch.recovery import Recovery
 from airflow_provider_raylm.cluster.batch.report import COUNTS, Tally
+from airflow_provider_raylm.cluster.batch.rows import Engine
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.cluster.batch.storage import Place
 from airflow_provider_raylm.cluster.batch.task import Work, answer_blocks, answer_source
@@ -176,7 +177,7 @@ async def _answered(work: Work, caller: Any) -> AsyncGenerator[dict[str, Any]]:
     await follow()
     recovery = Recovery(window.metered(handle.ask), lambda: handle.until_well(spec.engine_timeout))
     ask = by_prefix(recovery, lambda: len(there.replicas), lambda: there.cache_tokens)
-    answerer = BlockAnswerer(spec, ref.model, once(ask) if spec.deduplicate else ask, ref.vector_size)
+    answerer = BlockAnswerer(spec, Engine.of(ref), once(ask) if spec.deduplicate else ask)
     loop = asyncio.get_running_loop()
     looking = Periodic(
         "raylm-look",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.json_text import as_text, common_type
 from airflow_provider_raylm.cluster.batch.loading import load
 from airflow_provider_raylm.cluster.batch.recovery import Ask
-from airflow_provider_raylm.cluster.batch.rows import Question, compile_step
+from airflow_provider_raylm.cluster.batch.rows import Engine, Question, compile_step
 from airflow_provider_raylm.cluster.batch.rows.values import values
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
@@ -80,15 +81,20 @@ class _Block:
     def live(self) -> list[int]:
         return [i for i in range(len(self.rows)) if i not in self.failed]
 
-    def apply(self, change: Callable[[dict[str, Any]], Any]) -> dict[int, Any]:
-        """Call *change* for every live row; a RowError fails that row."""
-        results = {}
-        for i in self.live():
+    def apply(self, change: Callable[[dict[str, Any]], Any], at_a_time: int = 1) -> dict[int, Any]:
+        """Call *change* for every live row, by several threads or by this one; a RowError fails that row."""
+
+        def changed(i: int) -> Any:
             try:
-                results[i] = change(self.rows[i])
+                return change(self.rows[i])
             except RowError as error:
-                self.failed[i] = error.refusal
-        return results
+                return error
+
+        live = self.live()
+        with ThreadPoolExecutor(at_a_time) as threads:
+            outcomes = list((threads.map if at_a_time > 1 else map)(changed, live))
+        self.failed |= {i: one.refusal for i, one in zip(live, outcomes, strict=True) if isinstance(one, RowError)}
+        return {i: one for i, one in zip(live, outcomes, strict=True) if not isinstance(one, RowError)}
 
 
 class BlockAnswerer:
@@ -96,18 +102,17 @@ class BlockAnswerer:
 
     Args:
         spec: the task.
-        model: the engine's served model name.
+        engine: whom it is asked.
         ask: the way to the engine.
-        vector_size: how many numbers an embedding of the engine has.
 
     Raises:
         BatchError: a row function or a schema cannot be imported, or a schema is none.
     """
 
-    def __init__(self, spec: BatchSpec, model: str, ask: Ask, vector_size: int = 0) -> None:
+    def __init__(self, spec: BatchSpec, engine: Engine, ask: Ask) -> None:
         self._spec = spec
         self._ask = ask
-        self._steps = [compile_step(step, model, vector_size) for step in spec.all_steps]
+        self._steps = [compile_step(step, engine) for step in spec.all_steps]
         self._preprocess = load_function("preprocess", spec.preprocess)
         self._postprocess = load_function("postprocess", spec.postprocess)
 
@@ -157,7 +162,7 @@ class BlockAnswerer:
 
     def _render(self, block: _Block, step: Question) -> dict[int, Request]:
         try:
-            return block.apply(step.request)
+            return block.apply(step.request, step.at_a_time)
         except KeyError as error:
             present = ", ".join(block.rows[block.live()[0]])
             raise BatchError(f"preprocess: its row has no column {error}; it has {present}") from None
@@ -279,13 +284,13 @@ def load_function(name: str, path: str | None) -> RowFunction | None:
     return None if path is None else load(name, path)
 
 
-def answer_schema(spec: BatchSpec, source: pa.Schema, vector_size: int = 0) -> pa.Schema:
+def answer_schema(spec: BatchSpec, source: pa.Schema, engine: Engine) -> pa.Schema:
     """Return the columns of an answered row, of one that no row function has changed.
 
     Raises:
         BatchError: a step's schema is none, or cannot be imported.
     """
-    made = [column for step in spec.all_steps for column in compile_step(step, "", vector_size).columns]
+    made = [column for step in spec.all_steps for column in compile_step(step, engine).columns]
     produced = {column.name for column in made}
     kept = [one for one in source if one.name not in produced and (spec.columns is None or one.name in spec.columns)]
     counts = [(PROMPT_TOKENS, pa.int64()), (COMPLETION_TOKENS, pa.int64()), (FINISH_REASON, pa.string())]

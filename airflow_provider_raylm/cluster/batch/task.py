@@ -20,6 +20,7 @@ from airflow_provider_raylm.cluster.batch.output import Output, Parts, Progress
 from airflow_provider_raylm.cluster.batch.plan import Plan, make_plan
 from airflow_provider_raylm.cluster.batch.reader import read_blocks
 from airflow_provider_raylm.cluster.batch.report import ENGINE_COUNTS, Tally, count_block
+from airflow_provider_raylm.cluster.batch.rows import Engine
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer, answer_schema
 from airflow_provider_raylm.cluster.batch.window import Window, in_order
 from airflow_provider_raylm.cluster.surroundings import Surroundings, entered
@@ -96,7 +97,7 @@ def answer_source(
     started = time.monotonic()
     plan = plan_of(spec, say)
     mark = task_fingerprint(spec, ref, plan.fragments)
-    schema = answer_schema(spec, plan.schema, ref.vector_size)
+    schema = answer_schema(spec, plan.schema, Engine.of(ref))
     output = Output(spec, mark)
     begun = output.begin(schema)
     if isinstance(begun, BatchReport):

@@ -134,6 +134,7 @@ def _reference(name: str, spec: EngineSpec, labels: Labels, mark: str) -> Engine
         labels=labels,
         lease=spec.lease,
         task=spec.task,
+        media=spec.media,
         replicas=spec.max_replicas,
         runtime_env=spec.runtime_env,
         ray_version=ray.__version__,

@@ -7,6 +7,7 @@ A kind stands in ``KINDS`` under the field of ``Step`` that asks it. The stage k
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal, Reque
 from airflow_provider_raylm.cluster.batch.rows.generation import Generation
 from airflow_provider_raylm.cluster.batch.rows.pooling import Classification, Embedding, Scoring
 from airflow_provider_raylm.cluster.batch.rows.templates import Row
-from airflow_provider_raylm.specs import Step
+from airflow_provider_raylm.specs import EngineRef, Media, Step
 
 
 class Question(Protocol):
@@ -33,6 +34,10 @@ class Question(Protocol):
     def reasks(self) -> int:
         """New tries for a row whose answer is refused."""
 
+    @property
+    def at_a_time(self) -> int:
+        """Rows whose requests are made side by side: more than one where a storage is waited for."""
+
     def request(self, row: Row) -> Request:
         """Return what is a row's own in its request; raises RowError."""
 
@@ -43,24 +48,43 @@ class Question(Protocol):
         """Return what a row is asked after an answer that was refused."""
 
 
-KINDS: dict[str, Callable[[Step, str, int], Question]] = {
-    "prompt": lambda step, model, _: Generation(step, model),
-    "messages": lambda step, model, _: Generation(step, model),
-    "embed": lambda step, _, vector_size: Embedding(step, vector_size),
-    "classify": lambda step, _, vector_size: Classification(step, vector_size),
-    "score": lambda step, _, vector_size: Scoring(step, vector_size),
+@dataclass(frozen=True)
+class Engine:
+    """What a question depends on of the engine that is asked.
+
+    Attributes:
+        model: its served model name.
+        vector_size: how many numbers an embedding of it has; 0 if it is not known.
+        media: which images rows may name.
+    """
+
+    model: str = ""
+    vector_size: int = 0
+    media: Media = field(default_factory=Media)
+
+    @classmethod
+    def of(cls, ref: EngineRef) -> Engine:
+        """Return it as its reference tells."""
+        return cls(ref.model, ref.vector_size, ref.media)
+
+
+KINDS: dict[str, Callable[[Step, Engine], Question]] = {
+    "prompt": lambda step, engine: Generation(step, engine.model, engine.media),
+    "messages": lambda step, engine: Generation(step, engine.model, engine.media),
+    "embed": lambda step, engine: Embedding(step, engine.vector_size),
+    "classify": lambda step, engine: Classification(step, engine.vector_size),
+    "score": lambda step, engine: Scoring(step, engine.vector_size),
 }
 
 
-def compile_step(step: Step, model: str, vector_size: int = 0) -> Question:
+def compile_step(step: Step, engine: Engine) -> Question:
     """Return a step as the stage works with it.
 
     Args:
         step: what the author says.
-        model: the engine's served model name.
-        vector_size: how many numbers an embedding of the engine has; 0 if it is not known.
+        engine: whom it is asked.
 
     Raises:
         BatchError: it names what cannot be imported, or a schema that is none.
     """
-    return KINDS[step.kind](step, model, vector_size)
+    return KINDS[step.kind](step, engine)

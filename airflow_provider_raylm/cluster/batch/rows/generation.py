@@ -10,11 +10,12 @@ import pyarrow as pa
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal, Request, RowError
 from airflow_provider_raylm.cluster.batch.rows.answer_types import answer_type
 from airflow_provider_raylm.cluster.batch.rows.arrow_types import Unfit
-from airflow_provider_raylm.cluster.batch.rows.conversations import compile_messages
+from airflow_provider_raylm.cluster.batch.rows.conversations import compile_messages, may_hold_images
+from airflow_provider_raylm.cluster.batch.rows.images import AT_A_TIME
 from airflow_provider_raylm.cluster.batch.rows.kept import kept_fields, request_fields
 from airflow_provider_raylm.cluster.batch.rows.parameters import compile_parameters
 from airflow_provider_raylm.cluster.batch.rows.templates import Row, compile_template
-from airflow_provider_raylm.specs import Step
+from airflow_provider_raylm.specs import Media, Step
 
 # What a model that is asked again is told first.
 _AGAIN = "That answer is not valid: {why}. Answer again with a valid one, and nothing else."
@@ -28,16 +29,18 @@ class Generation:
         question: what the requests of all rows share, as JSON text: the kind of question and an OpenAI request.
         columns: what an answer becomes.
         reasks: new tries for a row whose answer is refused.
+        at_a_time: rows whose requests are made side by side: more than one where they have images to wait for.
 
     Raises:
         BatchError: the step's schema is none, or cannot be imported.
     """
 
-    def __init__(self, step: Step, model: str) -> None:
+    def __init__(self, step: Step, model: str, media: Media) -> None:
         self._step = step
         self._type = answer_type(step)
         self._overrides = compile_parameters(step)
-        self._content = _prompt(step.prompt) if step.prompt is not None else compile_messages(step)
+        self._content = _prompt(step.prompt) if step.prompt is not None else compile_messages(step, media)
+        self.at_a_time = AT_A_TIME if media.allowed and may_hold_images(step) else 1
         named = step.adapter if "adapter" not in step.row_parameters else None
         fields = {
             "model": named or model,

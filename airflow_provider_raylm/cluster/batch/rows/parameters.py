@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from airflow_provider_raylm.cluster.batch.exchange import RowError
 from airflow_provider_raylm.cluster.batch.rows.templates import Row, required
 from airflow_provider_raylm.specs import Step
-from airflow_provider_raylm.specs.step import PerRow
+from airflow_provider_raylm.specs.per_row import PerRow
 
 
 def compile_parameters(step: Step) -> Callable[[Row], str]:

@@ -21,10 +21,12 @@ class _Pooling:
         question: what the requests of all rows share, as JSON text: the kind of question and vLLM's pooling parameters.
         columns: what an answer becomes.
         reasks: none: the same text has the same answer.
+        at_a_time: rows whose requests are made side by side.
     """
 
     kind: ClassVar[str]
     reasks: ClassVar[int] = 0
+    at_a_time: ClassVar[int] = 1
 
     def __init__(self, step: Step, vector_size: int) -> None:
         self._step = step

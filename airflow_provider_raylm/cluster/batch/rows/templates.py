@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from airflow_provider_raylm.cluster.batch.exchange import RowError
-from airflow_provider_raylm.specs.step import PLACEHOLDER
+from airflow_provider_raylm.specs.per_row import PLACEHOLDER
 
 Row = Mapping[str, Any]
 

@@ -1,0 +1,114 @@
+"""Images of rows, on their way to the engine as ``data:`` addresses: it never fetches what a row names.
+
+Who wrote the rows does not choose what the engine's network and credentials reach: an address is looked up here, and
+only below what the engine's spec allows.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from airflow_provider_raylm.cluster.batch.exchange import RowError
+from airflow_provider_raylm.cluster.batch.storage import Place
+from airflow_provider_raylm.errors import BatchError
+from airflow_provider_raylm.specs import Media
+
+# Images of a block that are fetched at a time.
+AT_A_TIME = 16
+TIMEOUT_S = 30.0
+# A server that is busy is asked again after so many seconds.
+PAUSES_S = (1.0, 4.0)
+_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+_INLINE = "data:"
+
+
+def image_address(value: Any, media: Media) -> str:
+    """Return an image as a ``data:`` address.
+
+    Args:
+        value: its bytes, or a mapping that has them as ``bytes`` or else a ``path`` (as Hugging Face's datasets have
+            images), or an address.
+        media: what a row may name.
+
+    Raises:
+        RowError: ``invalid_image``: it is none of these, too large, not allowed, or not there.
+        BatchError: the storage refused, which is no row's fault.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return _inline(value, media)
+    if not isinstance(value, str) or not value:
+        raise _bad(f"neither bytes nor an address, but {type(value).__name__}")
+    if value.startswith(_INLINE):
+        # Four characters for three bytes.
+        _require_size(len(value) * 3 // 4, media)
+        return value
+    if not media.permits(value):
+        raise _bad(f"{value!r} is not below what the engine's spec allows (media.allowed)")
+    return _inline(
+        _downloaded(value, media) if value.startswith(("http://", "https://")) else _read(value, media), media
+    )
+
+
+def _inline(content: bytes, media: Media) -> str:
+    _require_size(len(content), media)
+    # vLLM looks at the content for the kind of image.
+    return f"{_INLINE}application/octet-stream;base64,{base64.b64encode(content).decode()}"
+
+
+def _require_size(size: int, media: Media) -> None:
+    if size > media.max_bytes:
+        raise _bad(f"it has more than {media.max_bytes:,} bytes (media.max_bytes)")
+
+
+def _read(address: str, media: Media) -> bytes:
+    try:
+        with Place(address).open() as file:
+            return bytes(file.read(media.max_bytes + 1))
+    except FileNotFoundError:
+        raise _bad(f"there is no {address}") from None
+    except BatchError:
+        raise
+    # Object stores raise errors of their own.
+    except Exception as error:
+        raise BatchError(
+            f"cannot read the image {address}: {error}. Check the credentials that the cluster's nodes or the task "
+            "(storage_conn_id) have for it."
+        ) from error
+
+
+def _downloaded(address: str, media: Media) -> bytes:
+    import httpx
+
+    for pause in (*PAUSES_S, None):
+        try:
+            # A redirect leads to where nobody has allowed.
+            with httpx.stream("GET", address, timeout=TIMEOUT_S, follow_redirects=False) as response:
+                if response.is_success:
+                    return _body(response.iter_bytes(), media)
+                problem = f"the server answered {response.status_code}"
+                busy = response.status_code in _BUSY
+        except httpx.HTTPError as error:
+            problem, busy = f"{type(error).__name__}: {error}", True
+        except httpx.InvalidURL as error:
+            problem, busy = str(error), False
+        if not busy or pause is None:
+            break
+        time.sleep(pause)
+    raise _bad(f"{address}: {problem}")
+
+
+def _body(parts: Any, media: Media) -> bytes:
+    content = bytearray()
+    for part in parts:
+        content += part
+        _require_size(len(content), media)
+    return bytes(content)
+
+
+def _bad(why: str) -> RowError:
+    return RowError("invalid_image", why)
