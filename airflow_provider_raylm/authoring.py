@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 from airflow.sdk import XComArg
 from airflow.sdk.definitions.mappedoperator import MappedOperator
@@ -26,8 +26,6 @@ from airflow_provider_raylm.operators.raylm import (
     DeployEngineOperator,
     TeardownEngineOperator,
 )
-from airflow_provider_raylm.specs import EngineTask, Step
-from airflow_provider_raylm.specs.step import require_kind
 
 if TYPE_CHECKING:
     from airflow.sdk.bases.decorator import FParams, FReturn
@@ -44,12 +42,10 @@ class Inference:
     Attributes:
         engine: the EngineRef.
         defaults: arguments of its tasks, unless they say otherwise.
-        task: what the engine is loaded for, as far as that is known when the DAG is parsed.
     """
 
     engine: XComArg
     defaults: Mapping[str, Any]
-    task: Any
 
     def __call__(self, task_id: str, **fields: Unpack[InferArguments]) -> BatchInferenceOperator:
         """Add an inference task.
@@ -82,11 +78,6 @@ class Inference:
         batch = {name: value for name, value in fields.items() if name in FIELDS}
         if "steps" not in batch:
             batch.setdefault("output_column", task_id)
-        if self.task in get_args(EngineTask):
-            steps = batch.get("steps")
-            for one in steps if isinstance(steps, list | tuple) else [batch]:
-                for kind in [kind for kind in Step.kinds if isinstance(one, Mapping) and one.get(kind) is not None]:
-                    require_kind(kind, self.task)
         arguments = {name: value for name, value in fields.items() if name not in batch}
         return batch, {**self.defaults, "engine": self.engine, **arguments}
 
@@ -101,7 +92,6 @@ class SharedEngine:
         teardown: the teardown task.
         redeploy: the engine's spec if its tasks deploy it again when it is gone.
         storage_conn_id: of its tasks, unless they say otherwise.
-        engine_task: what the engine is loaded for (EngineSpec.task), or a template of it.
     """
 
     name: str
@@ -109,7 +99,6 @@ class SharedEngine:
     teardown: TeardownEngineOperator
     redeploy: dict[str, Any] | None = None
     storage_conn_id: str | Sequence[str] | None = None
-    engine_task: Any = "generate"
 
     @property
     def ref(self) -> XComArg:
@@ -120,7 +109,7 @@ class SharedEngine:
     def infer(self) -> Inference:
         """Adds inference tasks on this engine: ``infer(task_id, ...)``, ``infer.partial(task_id, ...).expand(...)``."""
         defaults = {"redeploy": self.redeploy, "storage_conn_id": self.storage_conn_id}
-        return Inference(self.ref, defaults, self.engine_task)
+        return Inference(self.ref, defaults)
 
     @overload
     def task(self, python_callable: Callable[FParams, FReturn]) -> DecoratedTask[FParams, FReturn]: ...
@@ -186,9 +175,7 @@ def shared_engine(
     )
     others = set(deploy.dag.task_ids)
     with teardown.as_teardown(setups=deploy):
-        yield SharedEngine(
-            name, deploy, teardown, spec if redeploy else None, storage_conn_id, fields.get("task", "generate")
-        )
+        yield SharedEngine(name, deploy, teardown, spec if redeploy else None, storage_conn_id)
     _enclose(deploy, teardown, [task for task in deploy.dag.tasks if task.task_id not in others])
 
 

@@ -2,8 +2,8 @@
 
 Reads {"embed", "score", "texts", "query", "model", "adapters", "prompts", "max_tokens", "vision", "images"} from the
 file named first; writes vectors, probabilities, scores, the answers of each adapter to the prompts, and what is said
-to a text with one of so many images, to the second. Of the reranker also what the replica's own classes make of the same
-engine, for which no other has to start.
+to a text with one of so many images, to the second. Of the reranker also what the replica's own classes make of the
+same engine, for which no other has to start.
 """
 
 import asyncio

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from airflow.sdk import TriggerRule
 from airflow.sdk.definitions.mappedoperator import MappedOperator
@@ -14,7 +14,8 @@ from airflow_provider_raylm.operators.base import RayLMOperator
 from airflow_provider_raylm.operators.places import plain
 from airflow_provider_raylm.operators.rendering import PROMPT_FILE, without_files
 from airflow_provider_raylm.operators.templates import is_deferred, require_templates
-from airflow_provider_raylm.specs import BatchSpec, EngineSpec, SpecT, check_unrendered
+from airflow_provider_raylm.specs import BatchSpec, EngineSpec, EngineTask, SpecT, Step, check_unrendered
+from airflow_provider_raylm.specs.step import require_kind
 
 if TYPE_CHECKING:
     from airflow.sdk import BaseOperator
@@ -65,6 +66,28 @@ def require_rule(task: Task, deploys: Iterable[Any]) -> None:
             f"all_success. Give {str(task.trigger_rule)!r} to a task before it, outside the engine's `with`: "
             "EmptyOperator(task_id=..., trigger_rule=...)."
         )
+
+
+def require_kinds(batch: object, engine: object) -> None:
+    """Refuse questions that an engine is not loaded for, as far as both are known when the DAG is parsed.
+
+    Args:
+        batch: a BatchSpec, or a mapping with its fields.
+        engine: the output of the task that deploys the engine.
+
+    Raises:
+        SpecError: it cannot be asked one of them.
+    """
+    spec = plain(getattr(getattr(engine, "operator", None), "engine", None))
+    loaded = spec.get("task") or "generate" if isinstance(spec, Mapping) else None
+    if loaded is None or loaded not in get_args(EngineTask):
+        return
+    fields = batch.model_dump() if isinstance(batch, BatchSpec) else batch
+    steps = fields.get("steps") or [fields] if isinstance(fields, Mapping) else []
+    for step in steps if isinstance(steps, Sequence) else []:
+        for kind in Step.kinds if isinstance(step, Mapping) else []:
+            if step.get(kind) is not None:
+                require_kind(kind, loaded)
 
 
 def require_own_outputs(task: Task) -> None:

@@ -12,6 +12,7 @@ from airflow_provider_raylm.operators.checks import (
     known_batches,
     known_output,
     renderable,
+    require_kinds,
     require_own_outputs,
 )
 from airflow_provider_raylm.operators.places import assets_of
@@ -110,6 +111,7 @@ class PartialInference:
     def _checked(self, task: MappedOperator) -> MappedOperator:
         for batch in known_batches(task):
             renderable(BatchSpec, batch)
+            require_kinds(batch, task.partial_kwargs.get("engine"))
         require_own_outputs(task)
         return task
 

@@ -24,7 +24,7 @@ from airflow_provider_raylm.operators.base import (
     json_values,
     no_retries_in_vain,
 )
-from airflow_provider_raylm.operators.checks import renderable, require_own_outputs, require_rule
+from airflow_provider_raylm.operators.checks import renderable, require_kinds, require_own_outputs, require_rule
 from airflow_provider_raylm.operators.engines import (
     DeployEngineOperator,
     SweepEnginesOperator,
@@ -98,6 +98,7 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
         require_rule(self, [getattr(engine, "operator", None)])
         self.engine = renderable(EngineRef, engine)
         self.batch = self._renderable_batch(batch)
+        require_kinds(self.batch, engine)
         self.redeploy = renderable(EngineSpec, redeploy)
         self.runtime_env = renderable(RuntimeEnv, runtime_env)
         self.storage_conn_id = storage_conn_id

@@ -14,6 +14,7 @@ from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.rows import Engine, compile_step
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer, answer_schema
 from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
 from airflow_provider_raylm.specs import BatchSpec, EngineSpec, Step
 from airflow_provider_raylm.testing import FakeRayJobs
 from tests.unit.test_authoring import run
@@ -90,6 +91,11 @@ def test_an_engine_is_asked_what_it_is_loaded_for():
         engine.infer("good", source="in", output="out", embed="${a}")
         with pytest.raises(SpecError, match=r"prompt: this engine is loaded for task='embed', which answers embed and"):
             engine.infer("bad", source="in", output="out2", prompt="${a}")
+        batch = BatchSpec(source="in", output="out3", steps=[{"classify": "${a}"}])
+        with pytest.raises(SpecError, match=r"classify: this engine is loaded for task='embed'"):
+            BatchInferenceOperator(task_id="by_hand", engine=engine.ref, batch=batch)
+        with pytest.raises(SpecError, match=r"messages: this engine is loaded for task='embed'"):
+            engine.infer.partial("mapped", output="out{{ ti.map_index }}").expand(messages=["${a}"], source=["in"])
     with DAG("d2", schedule=None, params={"task": "classify"}), shared_engine("e", model="m", task="{{ params.task }}"):
         pass
     with pytest.raises(SpecError, match="embed: this engine is loaded for task='generate'.*task='embed'"):
