@@ -72,22 +72,23 @@ class Pooling:
 
     def _rendered(self, requests: Sequence[Request], tokenization: Mapping[str, Any]) -> list[list[Any]]:
         """Return what the engine takes for each row, one input or more."""
-        return [
-            [self._processor.render(one) for one in self._renderings(request, dict(tokenization))]
-            for request in requests
-        ]
-
-    def _renderings(self, request: Request, tokenization: dict[str, Any]) -> list[Any]:
         context = OfflineEncodeInputsContext(
             pooling_task=self._task,
-            prompts=[request.content],
+            prompts=self._prompts([str(request.content) for request in requests], tokenization),
             pooling_params=self._params,
-            tokenization_kwargs=tokenization,
+            tokenization_kwargs=dict(tokenization),
             lora_request=None,
             priorities=None,
         )
         factory, _ = self._processor.get_request_factory_offline(context)
-        return list(factory())
+        return [[self._processor.render(one)] for one in factory()]
+
+    def _prompts(self, texts: list[str], tokenization: Mapping[str, Any]) -> list[Any]:
+        """Return texts as vLLM takes them: as token ids, all made in one go, where it would do no more than that."""
+        usual = self._processor.renderer.default_cmpl_tok_params
+        if self._vllm.texts is None or tokenization or usual.do_lower_case:
+            return texts
+        return [{"prompt_token_ids": ids} for ids in self._vllm.texts.encode(texts, usual.add_special_tokens)]
 
     async def _row(
         self, request_id: str, request: Request, inputs: list[Any] | None, timeout: float | None, enter: Enter
@@ -154,8 +155,11 @@ class Score(Pooling):
         processor = vllm.processor(SCORE_TYPE_MAP.get(vllm.pooling_task), self.name)
         return processor.pooling_task, processor
 
-    def _renderings(self, request: Request, tokenization: dict[str, Any]) -> list[Any]:
-        query, document = json.loads(str(request.content))
+    def _rendered(self, requests: Sequence[Request], tokenization: Mapping[str, Any]) -> list[list[Any]]:
+        return [self._pair(str(request.content), dict(tokenization)) for request in requests]
+
+    def _pair(self, content: str, tokenization: dict[str, Any]) -> list[Any]:
+        query, document = json.loads(content)
         context = OfflineScoringInputsContext(
             pooling_task=self._task,
             scoring_data=self._processor.valid_inputs(query, document),
@@ -166,7 +170,7 @@ class Score(Pooling):
             priorities=None,
         )
         factory, _ = self._processor.get_request_factory_offline(context)
-        return list(factory())
+        return [self._processor.render(one) for one in factory()]
 
     def _value(self, data: Any) -> float:
         return float(data.float().item())
