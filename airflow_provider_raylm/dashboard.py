@@ -128,10 +128,25 @@ class Dashboard:
         try:
             return response.json()[key]
         except (ValueError, KeyError, TypeError):
-            raise Unreachable(
-                f"{self.url} answers, but not as a Ray dashboard: {self._without_secrets(response.text)[:200]!r}. "
-                "Check host and port, and what stands in front of it."
-            ) from None
+            raise self._somebody_else(response) from None
+
+    def listed(self, response: httpx.Response) -> list[dict[str, Any]]:
+        """Return the objects that the dashboard lists.
+
+        Raises:
+            Unreachable: it is not the dashboard that has answered.
+        """
+        with suppress(ValueError):
+            found = response.json()
+            if isinstance(found, list) and all(isinstance(one, dict) for one in found):
+                return found
+        raise self._somebody_else(response)
+
+    def _somebody_else(self, response: httpx.Response) -> Unreachable:
+        return Unreachable(
+            f"{self.url} answers, but not as a Ray dashboard: {self._without_secrets(response.text)[:200]!r}. "
+            "Check host and port, and what stands in front of it."
+        )
 
     def refusal(self, response: httpx.Response) -> ClusterError:
         """Return what an answer other than success means."""

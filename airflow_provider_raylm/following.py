@@ -29,7 +29,8 @@ from airflow_provider_raylm.polling import (
     is_overdue,
 )
 from airflow_provider_raylm.ray_jobs import FollowedJobs, JobRequest, RayJobs
-from airflow_provider_raylm.wire import has_outcome, outcome, said
+from airflow_provider_raylm.specs import Progress
+from airflow_provider_raylm.wire import has_outcome, outcome, progress_in, said
 
 # Of a log that grows; what a job says between two looks, with the noise around it, and then what it has ever said.
 LOOK_LINES = (40, 1000, None)
@@ -164,13 +165,16 @@ class Follower:
         submission_id: the job.
         say: receives each line that the job says.
         interval: seconds between two looks.
+        measure: receives the job's progress when there is news of it.
     """
 
     jobs: FollowedJobs
     submission_id: str
     say: Say
     interval: float
+    measure: Callable[[Progress], None] | None = None
     _seen: int = 0
+    _measured: Progress | None = None
     _told_to_end: threading.Event = field(default_factory=threading.Event)
 
     def end(self) -> None:
@@ -235,7 +239,8 @@ class Follower:
     def _forward(self) -> None:
         """Hand on the lines that are complete and were not handed on before."""
         for lines in LOOK_LINES:
-            told = said(self.jobs.logs(self.submission_id, lines))
+            log = self.jobs.logs(self.submission_id, lines)
+            told = said(log)
             new = sorted(number for number in told if number > self._seen)
             # Else lines are missing before these: the end of the log was too short. One may be lost for good, where
             # two processes wrote at a time.
@@ -244,6 +249,10 @@ class Follower:
         for number in new:
             self.say(told[number])
             self._seen = number
+        last = progress_in(log)[-1:]
+        if self.measure is not None and last and last[0] != self._measured:
+            self._measured = last[0]
+            self.measure(last[0])
 
     def _result(self, job: JobInfo) -> dict[str, Any]:
         if job.status == "STOPPED":

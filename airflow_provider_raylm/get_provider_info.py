@@ -74,6 +74,9 @@ _EXTRA_FIELDS = {
         "string",
         "For the links on a task's page, where it is another than the workers'.",
     ),
+    "price_per_gpu_hour": _field(
+        "Price of a GPU hour", "number", "In your currency, for estimates and the engines page."
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from airflow.sdk.definitions.asset import AssetRef
 from opentelemetry import trace
 
 from airflow_provider_raylm.compat import Stats, get_hook_lineage_collector
-from airflow_provider_raylm.specs import BatchReport
+from airflow_provider_raylm.specs import BatchReport, Progress
 
 if TYPE_CHECKING:
     from airflow.providers.openlineage.extractors import OperatorLineage
@@ -32,14 +32,31 @@ _GLOB = re.compile(r"[*?\[]")
 def measure(context: Context, counts: Mapping[str, int], seconds: Mapping[str, float]) -> None:
     """Add to counters and timers ``raylm.<name>``, with Airflow's own tags for a task, and tell the task's span."""
     annotate(**counts, **seconds)
-    ti = context["ti"]
-    # Before 3.3 Airflow has these tags for a task, and does not tell them.
-    tags = dict(getattr(ti, "stats_tags", None) or {"dag_id": ti.dag_id, "task_id": ti.task_id})
+    tags = _tags(context["ti"])
     for name, count in counts.items():
         if count:
             Stats.incr(f"raylm.{name}", count, tags=tags)
     for name, value in seconds.items():
         Stats.timing(f"raylm.{name}", timedelta(seconds=value), tags=tags)
+
+
+def measure_progress(ti: Any, progress: Progress) -> None:
+    """Set the gauges ``raylm.<name>`` of a task instance that is at work."""
+    gauges = {
+        "rows_done": progress.rows,
+        "rows_failed": progress.failed,
+        "rows_per_s": progress.rows_per_s,
+        "tokens_per_s": progress.tokens_per_s,
+    }
+    if progress.total is not None:
+        gauges["rows_left"] = max(progress.total - progress.rows, 0)
+    for name, value in gauges.items():
+        Stats.gauge(f"raylm.{name}", value, tags=_tags(ti))
+
+
+def _tags(ti: Any) -> dict[str, Any]:
+    # Before 3.3 Airflow has these tags for a task, and does not tell them.
+    return dict(getattr(ti, "stats_tags", None) or {"dag_id": ti.dag_id, "task_id": ti.task_id})
 
 
 def annotate(**attributes: str | float | None) -> None:

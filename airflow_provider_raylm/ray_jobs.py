@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -17,11 +16,11 @@ import httpx
 
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.dashboard import Dashboard
-from airflow_provider_raylm.errors import ClusterError, SpecError
-from airflow_provider_raylm.naming import APPLICATION_PREFIX
+from airflow_provider_raylm.errors import ClusterError
+from airflow_provider_raylm.inventory import RUNNING, SeenEngine, SeenJob, engines_in, job_info, jobs_in
 from airflow_provider_raylm.packages import Archive, Packed, package_archive
 from airflow_provider_raylm.polling import JobInfo
-from airflow_provider_raylm.specs import EngineRef, RuntimeEnv, build
+from airflow_provider_raylm.specs import EngineRef, RuntimeEnv
 from airflow_provider_raylm.wire import HANDED_VARIABLE, NAMESPACE_VARIABLE, REQUEST_VARIABLE, handed
 
 # Linux refuses an environment string over 128 KiB (MAX_ARG_STRLEN).
@@ -110,6 +109,12 @@ class RayJobs(FollowedJobs, Protocol):
 
     def running_engines(self) -> tuple[EngineRef, ...]:
         """Return the engines that can take work, whoever deployed them through this provider."""
+
+    def all_engines(self) -> tuple[SeenEngine, ...]:
+        """Return all engines that are there, also those that are coming or going."""
+
+    def all_jobs(self) -> tuple[SeenJob, ...]:
+        """Return the jobs of this package that Ray has not forgotten."""
 
     def close(self) -> None:
         """Give back what the client holds."""
@@ -220,17 +225,8 @@ class RayJobsClient:
         response = self._dashboard.call("GET", f"/api/jobs/{quote(submission_id, safe='')}", accept=(404,))
         if not self._dashboard.is_there(response):
             return None
-        status = self._dashboard.said(response, "status")
-        job = response.json()
-        submitted = job.get("start_time")
-        return JobInfo(
-            status,
-            job.get("message") or "",
-            job.get("metadata") or {},
-            # Ray's start is when the job was handed in, in milliseconds. A job that has run has a node.
-            submitted_at=submitted / 1000 if submitted else None,
-            started=bool(job.get("driver_node_id", True)),
-        )
+        self._dashboard.said(response, "status")
+        return job_info(response.json())
 
     def logs(self, submission_id: str, lines: int | None = None) -> str:
         """Return the last *lines* of the job's output, or all; empty while there is none."""
@@ -257,19 +253,16 @@ class RayJobsClient:
 
     def running_engines(self) -> tuple[EngineRef, ...]:
         """Return the engines that can take work, whoever deployed them through this provider."""
-        applications = self._dashboard.said(self._dashboard.call("GET", "/api/serve/applications/"), "applications")
-        found = []
-        for name, application in applications.items():
-            if not name.startswith(APPLICATION_PREFIX) or application["status"] != "RUNNING":
-                continue
-            for deployment in application["deployments"].values():
-                about = deployment["deployment_config"].get("user_config")
-                # An engine of another version may say what this one does not understand: it is not for this one.
-                with suppress(SpecError):
-                    found.append(
-                        build(EngineRef, {**(about or {}), "application": name, "dashboard_url": self._browser_url})
-                    )
-        return tuple(found)
+        return tuple(engine.ref for engine in self.all_engines() if engine.status == RUNNING and not engine.foreign)
+
+    def all_engines(self) -> tuple[SeenEngine, ...]:
+        """Return all engines that are there, also those that are coming or going."""
+        answer = self._dashboard.call("GET", "/api/serve/applications/")
+        return engines_in(self._dashboard.said(answer, "applications"), self._browser_url)
+
+    def all_jobs(self) -> tuple[SeenJob, ...]:
+        """Return the jobs of this package that Ray has not forgotten."""
+        return jobs_in(self._dashboard.listed(self._dashboard.call("GET", "/api/jobs/")))
 
     def _uploaded(self, archives: Iterable[Archive]) -> list[str]:
         """Bring archives to the cluster, those that it lacks, and return their addresses."""

@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
-from airflow_provider_raylm import __version__
 from airflow_provider_raylm.errors import EngineError, EngineGone, RayLMError, SpecError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
-from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT, answers_fingerprint, application_name, fingerprint
+from airflow_provider_raylm.inventory import RUNNING, SeenEngine, SeenJob, reference
+from airflow_provider_raylm.naming import application_name, fingerprint
 from airflow_provider_raylm.operators.owners import installation
-from airflow_provider_raylm.polling import FAILED, PENDING, STOPPED, SUCCEEDED, JobInfo
+from airflow_provider_raylm.polling import FAILED, PENDING, STOPPED, SUCCEEDED, TERMINAL, JobInfo
 from airflow_provider_raylm.ray_jobs import JobRequest
 from airflow_provider_raylm.specs import (
     BatchReport,
@@ -169,7 +169,7 @@ class FakeRayJobs:
             failures = self._failures.get(request.metadata.get("task_id", ""))
             if failures:
                 raise failures.pop(0)
-            result = self._verbs()[request.verb](dict(request.payload), request)
+            result: Value = getattr(self, f"_{request.verb}")(dict(request.payload), request)
         except RayLMError as error:
             log = f"{said}\n{error_line(error)}\n"
             job = JobInfo(FAILED, "the job failed", request.metadata, submitted_at)
@@ -208,13 +208,20 @@ class FakeRayJobs:
 
     def running_engines(self) -> tuple[EngineRef, ...]:
         """Return the engines that are up."""
-        return tuple(_reference(application, engine) for application, engine in self._engines.items())
+        return tuple(engine.ref for engine in self.all_engines())
+
+    def all_engines(self) -> tuple[SeenEngine, ...]:
+        """Return the same, with how they stand."""
+        refs = (reference(engine.spec, engine.labels, engine.deployed_at) for engine in self._engines.values())
+        return tuple(SeenEngine(ref, RUNNING, "", ref.replicas, (ref.deployed_at,), ref.replicas) for ref in refs)
+
+    def all_jobs(self) -> tuple[SeenJob, ...]:
+        """Return the jobs; one that has ended did so when it was submitted."""
+        ended = {name: job.submitted_at if job.status in TERMINAL else None for name, (job, _) in self._jobs.items()}
+        return tuple(SeenJob(name, job, ended[name]) for name, (job, _) in self._jobs.items())
 
     def close(self) -> None:
         """Do nothing."""
-
-    def _verbs(self) -> dict[str, Callable[[dict[str, Any], JobRequest], Value]]:
-        return {"deploy": self._deploy, "infer": self._infer, "teardown": self._teardown, "sweep": self._sweep}
 
     def _deploy(self, payload: dict[str, Any], request: JobRequest) -> Value:
         spec, labels = build(EngineSpec, payload["engine"]), build(Labels, payload["labels"])
@@ -229,7 +236,8 @@ class FakeRayJobs:
         if not adopted:
             self._engines[application] = _Engine(spec, labels)
             self.deployed.append(spec.name)
-        return _reference(application, self._engines[application]).model_copy(update={"adopted": adopted})
+        engine = self._engines[application]
+        return reference(engine.spec, engine.labels, engine.deployed_at).model_copy(update={"adopted": adopted})
 
     def _infer(self, payload: dict[str, Any], request: JobRequest) -> Value:
         spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
@@ -279,20 +287,3 @@ class FakeRayJobs:
         for application in deleted:
             del self._engines[application]
         return SweepReport(engines=found, deleted=deleted)
-
-
-def _reference(application: str, engine: _Engine) -> EngineRef:
-    return EngineRef(
-        application=application,
-        deployment=ENGINE_DEPLOYMENT,
-        model=engine.spec.served_model_name,
-        fingerprint=fingerprint(engine.spec),
-        answers=answers_fingerprint(engine.spec),
-        version=__version__,
-        labels=engine.labels,
-        lease=engine.spec.lease,
-        task=engine.spec.task,
-        replicas=engine.spec.max_replicas,
-        runtime_env=engine.spec.runtime_env,
-        deployed_at=engine.deployed_at,
-    )

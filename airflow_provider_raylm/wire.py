@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.errors import ClusterError, from_wire, to_wire
+from airflow_provider_raylm.errors import ClusterError, SpecError, from_wire, to_wire
+from airflow_provider_raylm.specs import Progress
 
 REQUEST_VARIABLE = "RAYLM_REQUEST"
 NAMESPACE_VARIABLE = "RAY_NAMESPACE"
@@ -22,6 +24,7 @@ RESULT_SENTINEL = "RAYLM-RESULT "
 ERROR_SENTINEL = "RAYLM-ERROR "
 
 _SAID = re.compile(r"raylm (\d+): (.*)")
+_PROGRESS = re.compile(r"raylm (\d+|-) progress: (\{.*\})")
 # Ray writes the beginning of a package that it cannot store into its log.
 _HANDED = b"raylm, for one job alone\n"
 
@@ -37,11 +40,39 @@ def said_line(number: int, words: str) -> str:
     return f"raylm {number}: {' '.join(words.splitlines())}"
 
 
+def progress_line(number: int | None, progress: Progress) -> str:
+    """Return progress as one line: the record for machines, which ``said`` turns into the line for people.
+
+    Args:
+        number: as for ``said_line``; None for a record that does not go into the task's log.
+        progress: the record.
+    """
+    return f"raylm {'-' if number is None else number} progress: {json.dumps(progress.model_dump(mode='json'))}"
+
+
 def said(log: str) -> dict[int, str]:
     """Return what a job said in (the end of) its log, by number; any other line is noise of the libraries below."""
+    lines = _complete(log)
+    words = {int(match[1]): match[2] for match in map(_SAID.fullmatch, lines) if match}
+    return words | {number: record.line() for number, record in _records(lines) if number is not None}
+
+
+def progress_in(log: str) -> tuple[Progress, ...]:
+    """Return the progress that a job told in (the end of) its log, the oldest first."""
+    return tuple(record for _, record in _records(_complete(log)))
+
+
+def _complete(log: str) -> list[str]:
     # A line that is not complete yet is left for the next look.
-    lines = log[: log.rfind("\n") + 1].splitlines()
-    return {int(match[1]): match[2] for match in map(_SAID.fullmatch, lines) if match}
+    return log[: log.rfind("\n") + 1].splitlines()
+
+
+def _records(lines: list[str]) -> Iterator[tuple[int | None, Progress]]:
+    for match in map(_PROGRESS.fullmatch, lines):
+        # Where two processes wrote at a time, what is between two braces is no record.
+        with suppress(ValueError, SpecError):
+            if match:
+                yield None if match[1] == "-" else int(match[1]), Progress.model_validate(json.loads(match[2]))
 
 
 def handed(storage: Mapping[str, Any]) -> bytes:

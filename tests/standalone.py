@@ -25,12 +25,19 @@ class Airflow:
     Attributes:
         pid: the process that began the session of all its processes.
         environ: what its processes have as their environment.
+        url: its address.
     """
 
-    def __init__(self, url: str, pid: int, environ: Mapping[str, str]) -> None:
+    def __init__(self, url: str, pid: int, environ: Mapping[str, str], login: tuple[str, str] | None = None) -> None:
         self.pid = pid
         self.environ = environ
-        token = httpx.get(f"{url}/auth/token", timeout=30).raise_for_status().json()["access_token"]
+        self.url = url
+        if login is None:
+            answer = httpx.get(f"{url}/auth/token", timeout=30)
+        else:
+            body = {"username": login[0], "password": login[1]}
+            answer = httpx.post(f"{url}/auth/token", json=body, timeout=30)
+        token = answer.raise_for_status().json()["access_token"]
         headers = {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(base_url=f"{url}/api/v2", headers=headers, timeout=60)
 
@@ -175,13 +182,16 @@ class Standing:
 
 
 @contextmanager
-def standalone(home: Path, dags: Sequence[Path], environ: Mapping[str, str]) -> Iterator[Airflow]:
+def standalone(
+    home: Path, dags: Sequence[Path], environ: Mapping[str, str], login: tuple[str, str] | None = None
+) -> Iterator[Airflow]:
     """Start Airflow with a home and a database of its own, and end all its processes afterwards.
 
     Args:
         home: its folder.
         dags: folders of DAGs.
         environ: variables that it has beside what this process has and what a standalone needs.
+        login: name and password of an admin, where not everybody is one.
 
     Raises:
         TimeoutError: it is not healthy after three minutes; the text has its last lines.
@@ -220,7 +230,7 @@ def standalone(home: Path, dags: Sequence[Path], environ: Mapping[str, str]) -> 
         )
     try:
         _wait_until_healthy(url, process, log)
-        yield Airflow(url, process.pid, environment)
+        yield Airflow(url, process.pid, environment, login)
     finally:
         _end_session(process)
 

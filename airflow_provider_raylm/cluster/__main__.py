@@ -20,8 +20,15 @@ import ray
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.cluster import surroundings
 from airflow_provider_raylm.errors import ClusterError, RayLMError
-from airflow_provider_raylm.specs import BatchSpec, EngineRef, EngineSpec, Labels, Value, build
-from airflow_provider_raylm.wire import NAMESPACE_VARIABLE, REQUEST_VARIABLE, error_line, result_line, said_line
+from airflow_provider_raylm.specs import BatchSpec, EngineRef, EngineSpec, Labels, Progress, Value, build
+from airflow_provider_raylm.wire import (
+    NAMESPACE_VARIABLE,
+    REQUEST_VARIABLE,
+    error_line,
+    progress_line,
+    result_line,
+    said_line,
+)
 
 _numbers = itertools.count(1)
 
@@ -29,6 +36,11 @@ _numbers = itertools.count(1)
 def say(line: str) -> None:
     """Print a line for the task's log."""
     print(said_line(next(_numbers), surroundings.hidden(line)), flush=True)
+
+
+def tell(progress: Progress, due: bool) -> None:
+    """Print how far a task is, for whoever looks at the end of the log; *due*: for the task's log, too."""
+    print(surroundings.hidden(progress_line(next(_numbers) if due else None, progress)), flush=True)
 
 
 def _deploy(payload: dict[str, Any]) -> Value:
@@ -43,7 +55,7 @@ def _infer(payload: dict[str, Any]) -> Value:
 
     spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
     redeploy = build(EngineSpec, payload["redeploy"]) if "redeploy" in payload else None
-    return pipeline.infer(spec, ref, say, redeploy)
+    return pipeline.infer(spec, ref, say, redeploy, tell)
 
 
 def _teardown(payload: dict[str, Any]) -> Value:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from airflow.sdk import BaseHook, Connection
+from airflow.sdk import BaseHook
 from pydantic import BeforeValidator, Field
 
 from airflow_provider_raylm import local
@@ -42,6 +42,10 @@ class Extra(Value):
         None,
         pattern=r"^https?://[^/]+",
         description="Address of the dashboard for people's browsers, for the links of tasks, where it is another.",
+    )
+
+    price_per_gpu_hour: float | None = Field(
+        None, ge=0, description="What an hour of one GPU costs, in your currency, for estimates and the engines page."
     )
 
     @property
@@ -82,11 +86,11 @@ class RayLMHook(BaseHook):
             SpecError: the connection's extra has an unknown or bad field.
             ClusterError: no host, an unreadable CA file, or the local cluster did not start.
         """
-        return _client(self.get_connection(self.raylm_conn_id))
+        return client_of(self.get_connection(self.raylm_conn_id))
 
     async def aget_conn(self) -> RayJobs:
         """Do as ``get_conn`` without holding an event loop up."""
-        return await asyncio.to_thread(_client, await self.aget_connection(self.raylm_conn_id))
+        return await asyncio.to_thread(client_of, await self.aget_connection(self.raylm_conn_id))
 
     def test_connection(self) -> tuple[bool, str]:
         """Return whether the dashboard answers and accepts the token, and a sentence about it."""
@@ -97,12 +101,33 @@ class RayLMHook(BaseHook):
             return False, str(error)
 
 
-def _client(connection: Connection) -> RayJobsClient:
+def extra_of(connection: Any) -> Extra:
+    """Return what a connection's extra says.
+
+    Raises:
+        SpecError: it has an unknown or bad field.
+    """
     # The form stores a field that was left empty as null.
-    extra = build(Extra, {name: value for name, value in connection.extra_dejson.items() if value is not None})
+    return build(Extra, {name: value for name, value in connection.extra_dejson.items() if value is not None})
+
+
+def client_of(connection: Any, *, start_local: bool = True, timeout: float | None = None) -> RayJobsClient:
+    """Return a client of a connection's cluster; close it after use.
+
+    Args:
+        connection: Airflow's, of tasks or of the database.
+        start_local: start the cluster of this machine where ``raylm://local`` finds none.
+        timeout: seconds per request at most, beside what the extra says.
+
+    Raises:
+        SpecError: the connection's extra has an unknown or bad field.
+        ClusterError: no host, an unreadable CA file, or the local cluster did not start.
+    """
+    extra = extra_of(connection)
     token = connection.password or None
     if connection.host == LOCAL_HOST:
-        url = local.ensure_local_cluster(connection.port or DEFAULT_PORT)
+        port = connection.port or DEFAULT_PORT
+        url = local.ensure_local_cluster(port) if start_local else f"http://{local.HOST}:{port}"
         token = token or local.find_token()
     else:
         url = _address(connection)
@@ -116,12 +141,12 @@ def _client(connection: Connection) -> RayJobsClient:
         namespace=extra.namespace,
         runtime_env=extra.runtime_env,
         entrypoint=extra.entrypoint,
-        timeout=extra.timeout,
+        timeout=min(extra.timeout, timeout or extra.timeout),
         browser_url=extra.browser_url,
     )
 
 
-def _address(connection: Connection) -> str:
+def _address(connection: Any) -> str:
     if not connection.host:
         raise ClusterError(
             f"The connection {connection.conn_id!r} has no host. Set it to the address of the Ray dashboard, or to "
@@ -148,7 +173,7 @@ def _without_port(host: str) -> tuple[str, str]:
     return (name, port) if colon else (host, "")
 
 
-def _only(connection: Connection, field: str, own: str | None, in_host: str) -> str:
+def _only(connection: Any, field: str, own: str | None, in_host: str) -> str:
     """Return what the field or the host says; both may, if they say the same.
 
     Raises:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,7 +18,7 @@ from airflow_provider_raylm.following import Follower, Stopped, submit_or_attach
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.links.raylm import RayJobLink, store_links
 from airflow_provider_raylm.naming import submission_id
-from airflow_provider_raylm.observability import annotate
+from airflow_provider_raylm.observability import annotate, measure_progress
 from airflow_provider_raylm.operators.rendering import RendersText
 from airflow_provider_raylm.packages import Packed, pack
 from airflow_provider_raylm.polling import PENDING_TIMEOUT_S, Watch
@@ -181,6 +182,8 @@ class RayLMOperator(RendersText, BaseOperator):
             "map_index": str(task[3]),
             # Goes up when a task of the run is cleared, and stays over retries.
             "clear_number": str(context["dag_run"].clear_number),
+            # By which the engines page finds the jobs of an engine.
+            **({"application": command.application} if command.application else {}),
         }
 
         environment = self._packed(jobs, command)
@@ -194,7 +197,7 @@ class RayLMOperator(RendersText, BaseOperator):
         job = submit_or_attach(
             jobs, request, self.log.info, command.lasting, self.pending_timeout, self._pause_unless_told_to_end
         )
-        self._follower = Follower(jobs, job, self.log.info, self.poll_interval)
+        self._follower = Follower(jobs, job, self.log.info, self.poll_interval, partial(measure_progress, ti))
         self.links = store_links(context, jobs.dashboard_url, job, command.application, command.output)
         annotate(submission_id=job, application=command.application, output=command.output)
         if self._told_to_end:

@@ -14,6 +14,7 @@ from airflow_provider_raylm.specs.reports import (
     EngineSeconds,
     EngineUsage,
     OnBusy,
+    Progress,
     SweepReport,
     TeardownReport,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Media",
     "OnBusy",
     "OutputFormat",
+    "Progress",
     "RuntimeEnv",
     "SpecT",
     "Step",

@@ -233,6 +233,7 @@ class EngineRef(Value):
     task: EngineTask = "generate"
     replicas: int = Field(1, description="Replicas of the engine, at most.")
     media: Media = Field(Media(), description="Which images rows may name.")
+    gpus_per_replica: float = Field(0.0, description="GPUs that each replica holds.")
     vector_size: int = Field(0, description="Numbers of an embedding; 0 for an engine that does not embed.")
     runtime_env: RuntimeEnv = Field(RuntimeEnv(), description="Its own: the tasks on it get the same.")
     dashboard_url: str = ""

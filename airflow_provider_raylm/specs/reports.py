@@ -57,6 +57,47 @@ class BatchReport(Value):
         return self.completion_tokens / self.seconds if self.seconds else 0.0
 
 
+class Progress(Value):
+    """How far a task is, as its job prints it while it works."""
+
+    at: float = Field(0.0, description="Unix seconds, by the cluster's clock.")
+    seconds: float = Field(0.0, ge=0, description="Seconds since this attempt began.")
+    rows: int = Field(0, ge=0, description="Rows that ended in this attempt, written or failed.")
+    total: int | None = Field(None, description="Rows that this attempt has to answer; None while nobody knows.")
+    failures: dict[str, int] = Field(default_factory=dict, description="Failed rows by reason.")
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def failed(self) -> int:
+        """Rows that failed."""
+        return sum(self.failures.values())
+
+    @property
+    def rows_per_s(self) -> float:
+        """Rows per second of this attempt, start-up included."""
+        return self.rows / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second of this attempt, start-up included."""
+        return self.completion_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until all rows have ended, at the rate so far; None while that cannot be told."""
+        if self.total is None or not self.rows_per_s:
+            return None
+        return max(self.total - self.rows, 0) / self.rows_per_s
+
+    def line(self) -> str:
+        """Return it for people: rows, failed rows, rows/s, tokens/s, and the time left when it is known."""
+        of = f" of {self.total}" if self.total is not None else ""
+        left = [f"{self.seconds_left:.0f} s left"] if self.seconds_left is not None else []
+        rates = [f"{self.rows_per_s:.1f} rows/s", f"{self.tokens_per_s:.0f} tokens/s"]
+        return ", ".join([f"{self.rows}{of} rows", f"{self.failed} failed", *rates, *left])
+
+
 class EngineUsage(Value):
     """What an engine did in its life, summed over the tasks that used it."""
 

@@ -12,8 +12,9 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_raylm.errors import RayLMError, to_wire
 from airflow_provider_raylm.following import Follower
+from airflow_provider_raylm.observability import measure_progress
 from airflow_provider_raylm.polling import OUTAGE_LIMIT_S, PENDING_TIMEOUT_S, Refused, Unreachable, Watch
-from airflow_provider_raylm.specs import EngineQuery, EngineRef, build
+from airflow_provider_raylm.specs import EngineQuery, EngineRef, Progress, build
 from airflow_provider_raylm.triggers.connections import Connection, connection
 
 # A trigger that begins later than that after its task was deferred has taken over from another triggerer.
@@ -75,7 +76,8 @@ class RayJobTrigger(BaseTrigger):
 
     async def _follow(self, shared: Connection) -> dict[str, Any]:
         said: list[str] = []
-        follower = Follower(await shared.jobs(), self.submission_id, said.append, self.poll_interval)
+        told: list[Progress] = []
+        follower = Follower(await shared.jobs(), self.submission_id, said.append, self.poll_interval, told.append)
         seen: dict[str, Any] | Watch = Watch(deadline=self.deadline, pending_timeout=self.pending_timeout)
         if time.time() - self.deferred_at > TAKEN_OVER_AFTER_S:
             try:
@@ -100,6 +102,10 @@ class RayJobTrigger(BaseTrigger):
                 # Here and not in the thread, which does not know whose log it is.
                 while said:
                     self.log.info("%s", said.pop(0))
+                # `dag.test()` runs a trigger without its task.
+                if told and getattr(self, "task_instance", None) is not None:
+                    measure_progress(self.task_instance, told[-1])
+                told.clear()
             if isinstance(seen, Watch):
                 await asyncio.sleep(shared.pause(self.poll_interval))
         return seen

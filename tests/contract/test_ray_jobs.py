@@ -93,6 +93,18 @@ def test_a_job_is_given_code_and_credentials(jobs, tmp_path):
         assert "s3cr3t" not in jobs.logs(request.submission_id)
 
 
+def test_jobs_are_listed(jobs):
+    """With what they do, for which engine, how they stand, and when they ended."""
+    metadata = {"task_id": "listed", "application": REF["application"]}
+    began = time.time()
+    finish(jobs, JobRequest("raylm-sweep-contract-listed", "sweep", SWEEP, metadata))
+    (found,) = [one for one in jobs.all_jobs() if one.submission_id == "raylm-sweep-contract-listed"]
+
+    assert (found.verb, found.application, found.info.metadata) == ("sweep", REF["application"], metadata)
+    assert found.info.status == SUCCEEDED
+    assert began - 5 <= found.ended_at <= time.time() + 5
+
+
 def test_an_error_arrives_as_what_it_was(jobs, tmp_path):
     """The class and the sentence that the cluster raised."""
     (tmp_path / "s.txt").write_text("a row\n")
@@ -134,6 +146,7 @@ def test_tearing_down_what_is_not_there(jobs):
 def test_no_engine_can_take_work(jobs):
     """Whether or not Serve runs there."""
     assert jobs.running_engines() == ()
+    assert jobs.all_engines() == ()
 
 
 def test_a_second_try_attaches_or_starts_anew(jobs):

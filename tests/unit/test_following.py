@@ -13,9 +13,10 @@ from airflow_provider_raylm.following import Follower, Stopped, patiently, submi
 from airflow_provider_raylm.operators.raylm import TeardownEngineOperator
 from airflow_provider_raylm.polling import FAILED, PENDING, JobInfo, Unreachable, Watch
 from airflow_provider_raylm.ray_jobs import JobRequest
+from airflow_provider_raylm.specs import Progress
 from airflow_provider_raylm.testing import FakeRayJobs
 from airflow_provider_raylm.triggers.raylm import RayJobTrigger
-from airflow_provider_raylm.wire import said_line
+from airflow_provider_raylm.wire import progress_in, progress_line, said_line
 from tests.airflows import TaskDeferred
 
 
@@ -241,3 +242,20 @@ def test_a_job_that_has_not_started_has_no_log_to_look_at():
     Follower(jobs, "job-1", print, 0.01).step(Watch())
 
     assert jobs.read == []
+
+
+def test_progress_is_one_record_for_all_readers():
+    """Every record is for who measures; one with a number is a line of the task's log, too, as people read it."""
+    jobs, heard, measured = Growing(), [], []
+    follower = Follower(jobs, "job-1", heard.append, 0.01, measured.append)
+    records = [Progress(at=at, seconds=at, rows=at, total=100, failures={"timeout": 2}) for at in (10, 20, 30)]
+    jobs.written += [said_line(1, "one"), progress_line(None, records[0]), "noise", progress_line(2, records[1])]
+    follower.step(Watch())
+    follower.step(Watch())
+    assert heard == ["one", "20 of 100 rows, 2 failed, 1.0 rows/s, 0 tokens/s, 80 s left"]
+    assert measured == [records[1]]
+
+    jobs.written += [progress_line(None, records[2]), "raylm - progress: {", 'raylm 3 progress: {"rows": []}']
+    follower.step(Watch())
+    assert (len(heard), measured[1:]) == (2, [records[2]])
+    assert progress_in(jobs.logs("job-1")) == tuple(records)

@@ -9,7 +9,7 @@ from airflow.sdk.execution_time.context import OutletEventAccessors
 
 from airflow_provider_raylm import observability
 from airflow_provider_raylm.observability import announce, collect_lineage, openlineage
-from airflow_provider_raylm.specs import BatchReport
+from airflow_provider_raylm.specs import BatchReport, Progress
 from airflow_provider_raylm.testing import FakeRayJobs
 from tests.airflows import HookLineageCollector
 
@@ -123,3 +123,17 @@ def test_openlineage_has_datasets_and_figures():
     assert output.outputFacets["outputStatistics"].rowCount == 9
     facet = lineage.run_facets["raylm"]
     assert {name: getattr(facet, name) for name in TOLD} == TOLD
+
+
+def test_a_task_at_work_has_gauges(monkeypatch):
+    """What is left is not said while nobody knows how much there is."""
+    found = {}
+    gauge = lambda name, value, tags: found.update({name: value})  # noqa: E731
+    monkeypatch.setattr(observability, "Stats", SimpleNamespace(gauge=gauge))
+    ti = SimpleNamespace(dag_id="d", task_id="t")
+    observability.measure_progress(ti, Progress(seconds=10, rows=20, failures={"timeout": 5}, completion_tokens=40))
+    rates = {"raylm.rows_per_s": 2.0, "raylm.tokens_per_s": 4.0}
+    assert found == {"raylm.rows_done": 20, "raylm.rows_failed": 5, **rates}
+
+    observability.measure_progress(ti, Progress(seconds=10, rows=20, total=50))
+    assert found["raylm.rows_left"] == 30

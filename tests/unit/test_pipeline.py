@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from airflow_provider_raylm.cluster import __main__ as job
 from airflow_provider_raylm.cluster.batch import pipeline
 from airflow_provider_raylm.cluster.engine import leases, status
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchSpec
+from airflow_provider_raylm.wire import progress_in, said
 from tests.scripted import REF
 
 OUTPUT = "/tmp/out"
@@ -100,3 +102,30 @@ def test_a_task_that_fails_is_released(events, monkeypatch):
     with pytest.raises(BatchError, match="^no rows$"):
         pipeline.infer(SPEC, REF, lambda line: None)
     assert events[-1] == ("release", REF.application, OUTPUT)
+
+
+def test_progress_is_told_at_every_beat_and_said_now_and_then(events, monkeypatch, capsys):
+    """Beginning with nothing done of a known number of rows; the job prints records that its followers read."""
+    monkeypatch.setattr(pipeline, "SAY_PERIOD_S", 0.1)
+
+    def answer_source(spec, ref, answers, say, tally):
+        tally.total = 100
+        _while_it_beats(events, "begun")
+        tally.written, tally.failures["timeout"] = 40, 2
+        for _ in range(20):
+            _while_it_beats(events, "answered")
+
+    monkeypatch.setattr(pipeline, "answer_source", answer_source)
+    pipeline.infer(SPEC, REF, lambda line: None, tell=job.tell)
+    log = capsys.readouterr().out
+    records, lines = progress_in(log), list(said(log).values())
+
+    assert (records[0].rows, records[0].total) == (0, 100)
+    assert (records[-1].rows, records[-1].failures) == (42, {"timeout": 2})
+    assert records[0].at > 1e9
+    assert 0 < len(lines) < len(records) / 2
+    assert all(line.startswith("42 of 100 rows, 2 failed, ") for line in lines)
+
+    before = []
+    pipeline.infer(SPEC, REF, before.append)
+    assert [line for line in before if "42 of 100 rows, 2 failed" in line]

@@ -12,9 +12,10 @@ from airflow_provider_raylm import following
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.polling import FAILED, SUCCEEDED, JobInfo, Refused, Unreachable
+from airflow_provider_raylm.specs import Progress
 from airflow_provider_raylm.triggers import connections, raylm
 from airflow_provider_raylm.triggers.raylm import RayJobTrigger
-from airflow_provider_raylm.wire import error_line, result_line, said_line
+from airflow_provider_raylm.wire import error_line, progress_line, result_line, said_line
 
 RUNNING = JobInfo("RUNNING")
 LINES = [said_line(1, "one"), "noise", said_line(2, "two")]
@@ -101,6 +102,23 @@ def test_it_fires_with_the_result(connect, said):
     assert event == {"result": {"a": 1}, "dashboard_url": "http://ray:8265", "submission_id": "job-1"}
     assert said == ["one", "two"]
     assert (jobs.looked, jobs.opened) == (4, 0)
+
+
+@pytest.mark.parametrize("task", [None, SimpleNamespace(dag_id="d", task_id="t")])
+def test_it_measures_the_progress_of_its_task(connect, said, monkeypatch, task):
+    """Where it knows which one that is: in `dag.test()` it does not."""
+    measured = []
+    monkeypatch.setattr(raylm, "measure_progress", lambda ti, progress: measured.append((ti, progress)))
+    records = [Progress(at=10, seconds=10, rows=5, total=10), Progress(at=20, seconds=20, rows=8, total=10)]
+    monkeypatch.setattr(Jobs, "logs", lambda *_: "".join(f"{progress_line(3, one)}\n" for one in records))
+    jobs = connect(Jobs(RUNNING, Unreachable("no more"), last=""))
+    one = trigger(deadline=time.time() + 0.3)
+    one.task_instance = task
+    asyncio.run(fired(one))
+
+    assert measured == ([] if task is None else [(task, records[1])])
+    assert said == ["8 of 10 rows, 0 failed, 0.4 rows/s, 0 tokens/s, 5 s left"]
+    assert jobs.opened == 0
 
 
 def test_an_error_is_fired_too(connect):

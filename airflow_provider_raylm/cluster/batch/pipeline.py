@@ -38,7 +38,7 @@ from airflow_provider_raylm.cluster.engine import deploy, leases, status
 from airflow_provider_raylm.cluster.locks import held
 from airflow_provider_raylm.cluster.periodic import Periodic
 from airflow_provider_raylm.errors import BatchError
-from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef, EngineSpec
+from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef, EngineSpec, Progress
 
 HEARTBEAT_PERIOD_S = 10.0
 SAY_PERIOD_S = 30.0
@@ -50,9 +50,12 @@ STAGE_CPUS = 0.1
 CPU_WAIT_S = 120.0
 
 Say = Callable[[str], None]
+Tell = Callable[[Progress, bool], None]
 
 
-def infer(spec: BatchSpec, ref: EngineRef, say: Say, redeploy: EngineSpec | None = None) -> BatchReport:
+def infer(
+    spec: BatchSpec, ref: EngineRef, say: Say, redeploy: EngineSpec | None = None, tell: Tell | None = None
+) -> BatchReport:
     """Answer every row of the source and return the report; the output's manifest is written last.
 
     An output that is complete already needs no engine, and no plan does.
@@ -62,6 +65,7 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say, redeploy: EngineSpec | None
         ref: the engine.
         say: receives progress lines.
         redeploy: the engine's spec, to deploy it again if it is gone.
+        tell: receives the progress every ten seconds, and whether it is time for a line in the task's log.
 
     Raises:
         EngineError: the engine is gone or failed.
@@ -79,7 +83,11 @@ def infer(spec: BatchSpec, ref: EngineRef, say: Say, redeploy: EngineSpec | None
             _require_cpus(work.stages * STAGE_CPUS)
             yield from _blocks(work)
 
-    with _heartbeat(ref.application, spec.output, tally, say), _only_writer(spec.output, say):
+    def line(progress: Progress, due: bool) -> None:
+        if due:
+            say(progress.line())
+
+    with _heartbeat(ref.application, spec.output, tally, say, tell or line), _only_writer(spec.output, say):
         report = answer_source(spec, ref, answers, say, tally)
         leases.record(ref.application, report)
     return report
@@ -211,8 +219,8 @@ def _require_cpus(wanted: float) -> None:
 
 
 @contextmanager
-def _heartbeat(application: str, output: str, tally: Tally, say: Say) -> Iterator[None]:
-    """Renew the engine's lease and print progress while the body runs.
+def _heartbeat(application: str, output: str, tally: Tally, say: Say, tell: Tell) -> Iterator[None]:
+    """Renew the engine's lease and tell the progress while the body runs.
 
     Each in a thread of its own: a look at the engine may have to wait for Serve's controller, a renewal must not.
     """
@@ -224,9 +232,12 @@ def _heartbeat(application: str, output: str, tally: Tally, say: Say) -> Iterato
 
     def progress() -> None:
         nonlocal said_at, said_trouble
-        if tally.rows and time.monotonic() - said_at >= SAY_PERIOD_S - HEARTBEAT_PERIOD_S / 2:
-            said_at = time.monotonic()
-            say(tally.line(said_at - started))
+        now = time.monotonic()
+        due = bool(tally.rows) and now - said_at >= SAY_PERIOD_S - HEARTBEAT_PERIOD_S / 2
+        if due:
+            said_at = now
+        if tally.rows or tally.total is not None:
+            tell(tally.progress(round(now - started, 3), round(time.time(), 3)), due)
         trouble = status.trouble(application)
         if trouble and trouble != said_trouble:
             say(f"the engine is not well: {trouble}; what was on its way is asked again when it is back")

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from airflow_provider_raylm.cluster.batch.output import Written
 from airflow_provider_raylm.cluster.batch.stage import MESSAGE, REASON, Answered
+from airflow_provider_raylm.specs import Progress
 
 ENGINE_COUNTS = (
     "prompt_tokens",
@@ -95,16 +96,18 @@ class Tally:
         """Rows that ended in this run, either way."""
         return self.written + self.quarantined
 
+    def progress(self, seconds: float, at: float = 0.0) -> Progress:
+        """Return how far the task is, *seconds* after its beginning, at *at* (Unix seconds)."""
+        return Progress(
+            at=at,
+            seconds=seconds,
+            rows=self.rows,
+            total=self.total,
+            failures=dict(self.failures),
+            prompt_tokens=self.engine["prompt_tokens"],
+            completion_tokens=self.engine["completion_tokens"],
+        )
+
     def line(self, seconds: float) -> str:
-        """Return progress as one line: rows, failed rows, rows/s, tokens/s, and the time left when it is known."""
-        rate = self.rows / seconds if seconds else 0.0
-        of = f" of {self.total}" if self.total is not None else ""
-        parts = [
-            f"{self.rows}{of} rows",
-            f"{self.quarantined} failed",
-            f"{rate:.1f} rows/s",
-            f"{self.engine['completion_tokens'] / seconds if seconds else 0.0:.0f} tokens/s",
-        ]
-        if self.total is not None and rate:
-            parts.append(f"{max(self.total - self.rows, 0) / rate:.0f} s left")
-        return ", ".join(parts)
+        """Return the progress as one line for people."""
+        return self.progress(seconds).line()

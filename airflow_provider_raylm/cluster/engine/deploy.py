@@ -18,20 +18,14 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from airflow_provider_raylm import __version__
 from airflow_provider_raylm.cluster.engine import applications, leases
 from airflow_provider_raylm.cluster.engine.llm import SHUTDOWN_LOOK_S, llm_deployment
 from airflow_provider_raylm.cluster.engine.resources import Bundle, bundles, shortage, show, total
 from airflow_provider_raylm.cluster.engine.status import vector_size as _vector_size
 from airflow_provider_raylm.cluster.locks import held
 from airflow_provider_raylm.errors import EngineError
-from airflow_provider_raylm.naming import (
-    ENGINE_DEPLOYMENT,
-    LEASE_DEPLOYMENT,
-    answers_fingerprint,
-    application_name,
-    fingerprint,
-)
+from airflow_provider_raylm.inventory import reference
+from airflow_provider_raylm.naming import LEASE_DEPLOYMENT, application_name, fingerprint
 from airflow_provider_raylm.specs import EngineRef, EngineSpec, Labels
 
 SAY_PERIOD_S = 30.0
@@ -60,7 +54,9 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say, owned: boo
     started = time.monotonic()
     name = application_name(labels)
     mark = fingerprint(spec)
-    ref = _reference(name, spec, labels, mark)
+    ref = reference(spec, labels, time.time()).model_copy(
+        update={"ray_version": ray.__version__, "vllm_version": _vllm_version()}
+    )
     _start_serve()
     with _turn(name):
         adopted = _settle(name, spec, mark, replace, say)
@@ -121,26 +117,6 @@ def _deleted_on_failure(name: str) -> Iterator[None]:
         serve.delete(name, _blocking=False)
         applications.wait_until_absent(name, DELETE_TIMEOUT_S)
         raise
-
-
-def _reference(name: str, spec: EngineSpec, labels: Labels, mark: str) -> EngineRef:
-    return EngineRef(
-        application=name,
-        deployment=ENGINE_DEPLOYMENT,
-        model=spec.served_model_name,
-        fingerprint=mark,
-        answers=answers_fingerprint(spec),
-        version=__version__,
-        labels=labels,
-        lease=spec.lease,
-        task=spec.task,
-        media=spec.media,
-        replicas=spec.max_replicas,
-        runtime_env=spec.runtime_env,
-        ray_version=ray.__version__,
-        vllm_version=_vllm_version(),
-        deployed_at=time.time(),
-    )
 
 
 def _start_serve() -> None:
