@@ -102,6 +102,8 @@ def get_provider_info() -> dict[str, Any]:
         **{kind: _modules(kind) for kind in ("operators", "sensors", "hooks", "triggers")},
         "task-decorators": [{"name": "raylm", "class-name": f"{_PACKAGE}.decorators.raylm.raylm_task"}],
         "extra-links": [f"{_PACKAGE}.links.raylm.{link}" for link in links],
+        # From Airflow 3.2 on; 3.1 has the console script alone.
+        "cli": [f"{_PACKAGE}.cli.commands.airflow_commands"],
         "config": _CONFIG,
         "connection-types": [
             {

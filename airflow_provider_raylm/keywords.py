@@ -176,6 +176,7 @@ class BatchFields(TypedDict, total=False):
     in_flight_rows: int | Later | None
     request_timeout: float | Later | None
     engine_timeout: float | Later
+    max_tokens_total: int | Later | None
     deduplicate: bool | Later
     prompt_file: Later | None
 

@@ -64,6 +64,11 @@ def ensure_local_cluster(port: int) -> str:
     return url
 
 
+def is_up(port: int) -> bool:
+    """Return whether a Ray head answers on this machine."""
+    return _answers(f"http://{HOST}:{port}/api/version")
+
+
 def find_token(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the token of the local cluster, from where Ray itself looks, or None.
 

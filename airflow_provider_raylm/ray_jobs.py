@@ -5,6 +5,7 @@ A job runs ``python -m airflow_provider_raylm.cluster <verb>``; ``wire`` says ho
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from airflow_provider_raylm.errors import ClusterError
 from airflow_provider_raylm.inventory import RUNNING, SeenEngine, SeenJob, engines_in, job_info, jobs_in
 from airflow_provider_raylm.packages import Archive, Packed, package_archive
 from airflow_provider_raylm.polling import JobInfo
+from airflow_provider_raylm.sealing import PAD
 from airflow_provider_raylm.specs import EngineRef, RuntimeEnv
 from airflow_provider_raylm.wire import HANDED_VARIABLE, NAMESPACE_VARIABLE, REQUEST_VARIABLE, handed
 
@@ -35,11 +37,12 @@ class JobRequest:
 
     Attributes:
         submission_id: the job's id, chosen by the caller so that a retry finds the job.
-        verb: deploy, infer, teardown or sweep.
+        verb: deploy, infer, plan, preview, teardown or sweep.
         payload: the verb's arguments, JSON values.
         metadata: strings that Ray's dashboard shows with the job: whose it is.
         environment: what it finds there beside the image.
         storage: options of fsspec's file systems, by protocol: credentials, which the cluster shows to nobody.
+        pad: with which the job seals rows that it reports; see ``sealing``.
     """
 
     submission_id: str
@@ -48,6 +51,12 @@ class JobRequest:
     metadata: Mapping[str, str] = field(default_factory=dict)
     environment: Packed = field(default_factory=Packed)
     storage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    pad: bytes = field(default=b"", repr=False)
+
+    @property
+    def secrets(self) -> Mapping[str, Any]:
+        """What only the job may see, as JSON values."""
+        return {**self.storage, **({PAD: base64.b64encode(self.pad).decode()} if self.pad else {})}
 
     def wire(self) -> str:
         """Return the request as the cluster reads it.
@@ -202,7 +211,7 @@ class RayJobsClient:
             "RAY_BACKEND_LOG_LEVEL": "fatal",
             "RAY_TQDM": "0",
             **({NAMESPACE_VARIABLE: self._how.namespace} if self._how.namespace else {}),
-            **({HANDED_VARIABLE: self._hand_over(request.storage)} if request.storage else {}),
+            **({HANDED_VARIABLE: self._hand_over(request.secrets)} if request.secrets else {}),
         }
         entrypoint = self._how.entrypoint if request.verb == "infer" else {}
         body = {
@@ -275,9 +284,9 @@ class RayJobsClient:
             self._dashboard.call("PUT", path, content=content)
         return f"gcs://{name}"
 
-    def _hand_over(self, storage: Mapping[str, Any]) -> str:
+    def _hand_over(self, given: Mapping[str, Any]) -> str:
         """Leave what only the job may know where it takes it from, and return the place.
 
         The dashboard shows a job's environment and metadata, and no package's content.
         """
-        return self._upload(f"_ray_pkg_{secrets.token_hex(16)}.zip", handed(storage))
+        return self._upload(f"_ray_pkg_{secrets.token_hex(16)}.zip", handed(given))

@@ -18,45 +18,28 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from airflow_provider_raylm.errors import EngineError, EngineGone, RayLMError, SpecError
+from airflow_provider_raylm.errors import RayLMError, SpecError
+from airflow_provider_raylm.fakes import FakeVerbs
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.inventory import RUNNING, SeenEngine, SeenJob, reference
-from airflow_provider_raylm.naming import application_name, fingerprint
 from airflow_provider_raylm.operators.owners import installation
 from airflow_provider_raylm.polling import FAILED, PENDING, STOPPED, SUCCEEDED, TERMINAL, JobInfo
 from airflow_provider_raylm.ray_jobs import JobRequest
 from airflow_provider_raylm.specs import (
-    BatchReport,
-    BatchSpec,
-    EngineInfo,
     EngineRef,
     EngineSpec,
-    EngineUsage,
-    Labels,
     RuntimeEnv,
-    SweepReport,
-    TeardownReport,
-    Value,
-    build,
 )
 from airflow_provider_raylm.wire import error_line, result_line, said_line
 
 NOT_STARTED = "Job has not started yet. It may be waiting for the runtime environment to be set up."
 
 
-@dataclass
-class _Engine:
-    spec: EngineSpec
-    labels: Labels
-    usage: EngineUsage = field(default_factory=EngineUsage)
-    deployed_at: float = field(default_factory=time.time)
-
-
-class FakeRayJobs:
+class FakeRayJobs(FakeVerbs):
     """A ``RayJobs`` in memory: engines are names, inference tasks answer with the counts they are told.
 
     Attributes:
@@ -70,12 +53,9 @@ class FakeRayJobs:
     runtime_env = RuntimeEnv()
 
     def __init__(self) -> None:
-        self.deployed: list[str] = []
-        self.batches: dict[str, BatchSpec] = {}
+        super().__init__()
         self.submitted: list[JobRequest] = []
-        self._engines: dict[str, _Engine] = {}
         self._jobs: dict[str, tuple[JobInfo, str]] = {}
-        self._reports: dict[str, dict[str, Any]] = {}
         self._failures: dict[str, list[RayLMError]] = {}
         self._pends: dict[str, tuple[float, str]] = {}
         self._waiting: dict[str, tuple[JobRequest, float]] = {}
@@ -128,9 +108,11 @@ class FakeRayJobs:
         Needs pyarrow, and jsonschema for an ``output_schema``. An embedding without ``dimensions`` has as many numbers
         as the model gives; here it is a list of any size.
         """
-        from airflow_provider_raylm.cluster.batch.rows import Engine, compile_step
+        from airflow_provider_raylm.cluster.batch.rows import EngineTraits, compile_step
 
-        made = [column for step in self.batches[task_id].all_steps for column in compile_step(step, Engine()).columns]
+        made = [
+            column for step in self.batches[task_id].all_steps for column in compile_step(step, EngineTraits()).columns
+        ]
         return {column.name: str(column.type) for column in made}
 
     def fail(self, task_id: str, error: RayLMError) -> None:
@@ -169,7 +151,7 @@ class FakeRayJobs:
             failures = self._failures.get(request.metadata.get("task_id", ""))
             if failures:
                 raise failures.pop(0)
-            result: Value = getattr(self, f"_{request.verb}")(dict(request.payload), request)
+            result = self.verbs()[request.verb](dict(request.payload), request)
         except RayLMError as error:
             log = f"{said}\n{error_line(error)}\n"
             job = JobInfo(FAILED, "the job failed", request.metadata, submitted_at)
@@ -222,68 +204,3 @@ class FakeRayJobs:
 
     def close(self) -> None:
         """Do nothing."""
-
-    def _deploy(self, payload: dict[str, Any], request: JobRequest) -> Value:
-        spec, labels = build(EngineSpec, payload["engine"]), build(Labels, payload["labels"])
-        application = application_name(labels)
-        there = self._engines.get(application)
-        adopted = there is not None and fingerprint(there.spec) == fingerprint(spec)
-        if there is not None and not adopted and not payload["replace"]:
-            raise EngineError(
-                f"{application} is running with another spec (fingerprint {fingerprint(there.spec)}, now asked for "
-                f"{fingerprint(spec)})."
-            )
-        if not adopted:
-            self._engines[application] = _Engine(spec, labels)
-            self.deployed.append(spec.name)
-        engine = self._engines[application]
-        return reference(engine.spec, engine.labels, engine.deployed_at).model_copy(update={"adopted": adopted})
-
-    def _infer(self, payload: dict[str, Any], request: JobRequest) -> Value:
-        spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
-        task_id = request.metadata.get("task_id", "")
-        self.batches[task_id] = spec
-        if "redeploy" in payload and ref.application not in self._engines:
-            self._deploy({"engine": payload["redeploy"], "labels": ref.labels, "replace": False}, request)
-        engine = self._engines.get(ref.application)
-        spec.require_task(ref.task)
-        if engine is None:
-            raise EngineGone(f"The engine {ref.application} is gone. Clear the deploy task together with this one.")
-        report = BatchReport(
-            source=spec.sources,
-            output=spec.output,
-            quarantine=spec.quarantine_uri,
-            application=ref.application,
-            model=ref.model,
-            fingerprint=fingerprint(spec),
-            **(self._reports.get(task_id) or {"rows_in": 1, "rows_written": 1, "rows_quarantined": 0}),
-        )
-        engine.usage = engine.usage.plus(report)
-        return report
-
-    def _teardown(self, payload: dict[str, Any], request: JobRequest) -> Value:
-        engine = self._engines.pop(payload["application"], None)
-        return TeardownReport(
-            application=payload["application"],
-            existed=engine is not None,
-            usage=engine.usage if engine else EngineUsage(),
-            resources_free=True,
-        )
-
-    def _sweep(self, payload: dict[str, Any], request: JobRequest) -> Value:
-        found = tuple(
-            EngineInfo(
-                application=application,
-                status="RUNNING",
-                fingerprint=fingerprint(engine.spec),
-                labels=engine.labels,
-                age_seconds=0.0,
-                usage=engine.usage,
-            )
-            for application, engine in sorted(self._engines.items())
-            if engine.labels.installation == payload["installation"]
-        )
-        deleted = tuple(info.application for info in found if info.application in payload["delete"])
-        for application in deleted:
-            del self._engines[application]
-        return SweepReport(engines=found, deleted=deleted)

@@ -6,7 +6,7 @@ import json
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
 from airflow_provider_raylm.cluster.batch.loop import drained
 from airflow_provider_raylm.cluster.batch.report import Tally
-from airflow_provider_raylm.cluster.batch.rows import Engine
+from airflow_provider_raylm.cluster.batch.rows import EngineTraits
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.cluster.batch.task import answer_blocks, answer_source
 from airflow_provider_raylm.cluster.batch.window import Window
@@ -42,7 +42,7 @@ def asking(ask):
 
 def attempt(spec, ask=shouts, at_a_time=2, said=None, ref=REF, **kwargs):
     """Run a task once, as a job does, and return its report."""
-    answerer = BlockAnswerer(spec, Engine.of(ref), asking(ask))
+    answerer = BlockAnswerer(spec, EngineTraits.of(ref), asking(ask))
     say = said.append if said is not None else lambda line: None
 
     def blocks(work):

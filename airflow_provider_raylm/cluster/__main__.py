@@ -1,4 +1,4 @@
-"""What a Ray job runs: ``python -m airflow_provider_raylm.cluster deploy|infer|teardown|sweep``.
+"""What a Ray job runs: ``python -m airflow_provider_raylm.cluster deploy|infer|plan|preview|teardown|sweep``.
 
 The request is JSON in the environment; the outcome is the last line of the output, behind a sentinel.
 """
@@ -58,6 +58,20 @@ def _infer(payload: dict[str, Any]) -> Value:
     return pipeline.infer(spec, ref, say, redeploy, tell)
 
 
+def _plan(payload: dict[str, Any]) -> Value:
+    from airflow_provider_raylm.cluster.batch import preview
+
+    return preview.plan(build(BatchSpec, payload["batch"]), say)
+
+
+def _preview(payload: dict[str, Any]) -> Value:
+    from airflow_provider_raylm.cluster.batch import trial
+
+    spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
+    pad = surroundings.entered().pad if payload["texts"] else None
+    return trial.look(spec, ref, payload["rows"], payload["spread"], pad, say)
+
+
 def _teardown(payload: dict[str, Any]) -> Value:
     from airflow_provider_raylm.cluster.engine import retire
 
@@ -73,6 +87,8 @@ def _sweep(payload: dict[str, Any]) -> Value:
 VERBS: dict[str, Callable[[dict[str, Any]], Value]] = {
     "deploy": _deploy,
     "infer": _infer,
+    "plan": _plan,
+    "preview": _preview,
     "teardown": _teardown,
     "sweep": _sweep,
 }

@@ -6,6 +6,7 @@ task or an actor has the names of files and of a package, whose content Ray show
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from ray.experimental import internal_kv
 
 from airflow_provider_raylm.cluster.replica import secret_env
 from airflow_provider_raylm.errors import ClusterError
+from airflow_provider_raylm.sealing import PAD
 from airflow_provider_raylm.wire import HANDED_VARIABLE, taken
 
 # Of options of file systems, those whose values are secrets.
@@ -33,11 +35,13 @@ class Surroundings:
         env_vars: the author's, which this process has anyway.
         secret_env: variables, each with the file on a node that holds its value.
         storage: options of fsspec's file systems, by protocol.
+        pad: hides what the job reports from all but who handed it over; empty without one.
     """
 
     env_vars: Mapping[str, str] = field(default_factory=dict)
     secret_env: Mapping[str, str] = field(default_factory=dict)
     storage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    pad: bytes = field(default=b"", repr=False)
 
     def enter(self) -> None:
         """Let this process have them.
@@ -68,7 +72,8 @@ def received(env_vars: list[str], secret_env: Mapping[str, str]) -> Surroundings
     """
     place = os.environ.pop(HANDED_VARIABLE, None)
     storage = _take(place.encode()) if place else {}
-    return Surroundings({name: os.environ[name] for name in env_vars}, secret_env, storage)
+    pad = base64.b64decode(storage.pop(PAD, ""))
+    return Surroundings({name: os.environ[name] for name in env_vars}, secret_env, storage, pad)
 
 
 def _take(place: bytes) -> dict[str, Any]:

@@ -54,8 +54,8 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
         self.batch = {name: one for name, one in self.batch.items() if one is not None}
         self.render_returned = render_returned
 
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Call the function, then do as BatchInferenceOperator.
+    def settle(self, context: Context) -> None:
+        """Call the function, and put what it returns over the fields of its batch.
 
         Raises:
             SpecError: the function returned something else, or what it returned does not fit.
@@ -73,6 +73,14 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
         if self.render_returned:
             returned = self.render_template(returned, context, self.text_env())
         self.batch = {**self.batch, **returned}
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Call the function, then do as BatchInferenceOperator.
+
+        Raises:
+            SpecError: the function returned something else, or what it returned does not fit.
+        """
+        self.settle(context)
         result: dict[str, Any] = super().execute(context)
         return result
 

@@ -43,7 +43,6 @@ class Extra(Value):
         pattern=r"^https?://[^/]+",
         description="Address of the dashboard for people's browsers, for the links of tasks, where it is another.",
     )
-
     price_per_gpu_hour: float | None = Field(
         None, ge=0, description="What an hour of one GPU costs, in your currency, for estimates and the engines page."
     )
@@ -78,6 +77,15 @@ class RayLMHook(BaseHook):
     def __init__(self, raylm_conn_id: str = default_conn_name, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.raylm_conn_id = raylm_conn_id
+
+    @property
+    def extra(self) -> Extra:
+        """What the connection's extra says.
+
+        Raises:
+            SpecError: it has an unknown or bad field.
+        """
+        return extra_of(self.get_connection(self.raylm_conn_id))
 
     def get_conn(self) -> RayJobs:
         """Return a client of the connection's cluster; close it after use.

@@ -132,6 +132,9 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
             require_no_templates("batch", self.batch, seen_oids)
         super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
 
+    def settle(self, context: Context) -> None:
+        """Make the rendered batch final, where it is not yet."""
+
     def command(self, context: Context) -> Command:
         """Return the inference of the rendered spec."""
         if self.engine is None:

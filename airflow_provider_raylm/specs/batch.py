@@ -80,6 +80,9 @@ class BatchSpec(Step):
         None, gt=0, description="Seconds that a row may be in the engine; default: for as long as it gets tokens."
     )
     engine_timeout: float = Field(900, gt=0, description="Seconds that a failed engine may take to be back.")
+    max_tokens_total: int | None = Field(
+        None, ge=1, description="Tokens of prompts and answers that an attempt may spend; then it stops in good order."
+    )
     deduplicate: bool = Field(
         False, description="Ask rows with the same question once; needs temperature 0, where the answers are the same."
     )
@@ -93,6 +96,7 @@ class BatchSpec(Step):
             "in_flight_rows",
             "request_timeout",
             "engine_timeout",
+            "max_tokens_total",
             "deduplicate",
         }
     )

@@ -12,6 +12,7 @@ from airflow_provider_raylm.following import Follower, Stopped, submit_or_attach
 from airflow_provider_raylm.packages import pack
 from airflow_provider_raylm.polling import PENDING, STOPPED, SUCCEEDED, TERMINAL, Watch
 from airflow_provider_raylm.ray_jobs import JobRequest
+from airflow_provider_raylm.sealing import new_pad
 from airflow_provider_raylm.specs import RuntimeEnv
 from airflow_provider_raylm.testing import FakeRayJobs
 from airflow_provider_raylm.wire import RESULT_SENTINEL, outcome
@@ -114,6 +115,28 @@ def test_an_error_arrives_as_what_it_was(jobs, tmp_path):
     bad = {"engine": {"name": "e"}, "labels": LABELS, "replace": False}
     with pytest.raises(SpecError, match=r"EngineSpec\.model"):
         finish(jobs, JobRequest("raylm-contract-spec", "deploy", bad))
+
+
+def test_a_plan_needs_no_engine(jobs, tmp_path):
+    """It says what a task would read, and nothing is written."""
+    (tmp_path / "s.jsonl").write_text('{"text": "a row"}\n')
+    batch = {"source": str(tmp_path / "s.jsonl"), "prompt": "${text}", "output": str(tmp_path / "o")}
+    plan = finish(jobs, JobRequest("raylm-contract-plan", "plan", {"batch": batch}))
+
+    assert set(plan) == {"files", "rows", "bytes", "columns", "answers"}
+    assert plan["files"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
+
+
+def test_a_preview_needs_an_engine(jobs, tmp_path):
+    """And its request, with what seals the rows, says nothing of that."""
+    (tmp_path / "s.txt").write_text("a row\n")
+    batch = {"source": str(tmp_path / "s.txt"), "prompt": "${text}", "output": str(tmp_path / "o")}
+    payload = {"engine": REF, "batch": batch, "rows": 1, "spread": False, "texts": True}
+    request = JobRequest("raylm-contract-preview", "preview", payload, pad=new_pad())
+    with pytest.raises(EngineError, match=r"raylm-e-0123456789 is gone"):
+        finish(jobs, request)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.txt"]
 
 
 def test_a_job_that_has_not_started(jobs):

@@ -11,7 +11,7 @@ import pytest
 
 from airflow_provider_raylm.cluster.batch.exchange import Answer, RowError
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
-from airflow_provider_raylm.cluster.batch.rows import Engine, compile_step, images
+from airflow_provider_raylm.cluster.batch.rows import EngineTraits, compile_step, images
 from airflow_provider_raylm.cluster.batch.rows.images import image_address
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.errors import BatchError, SpecError
@@ -144,7 +144,7 @@ def test_authors_and_rows_put_images_into_a_chat():
         {"role": "user", "content": [{"type": "image", "image": CONTENT}, {"type": "image_url", "image_url": INLINE}]}
     ]
 
-    asked = compile_step(step, Engine("m")).request({"name": "it", "photo": CONTENT, "talk": turns}).content
+    asked = compile_step(step, EngineTraits("m")).request({"name": "it", "photo": CONTENT, "talk": turns}).content
 
     image = {"type": "image_url", "image_url": {"url": INLINE}}
     assert asked == [
@@ -170,7 +170,7 @@ def test_images_of_a_block_are_fetched_side_by_side(monkeypatch):
     monkeypatch.setattr(images, "_read", fetch)
     spec = BatchSpec(source="in", output="out", messages=[{"role": "user", "content": [PART]}])
     table = pa.table({"photo": ["s3://p/a", "s3://p/b", "s3://p/c"], ROW_ID: ["0", "1", "2"]})
-    engine = Engine("m", media=Media(allowed=["s3://p"]))
+    engine = EngineTraits("m", media=Media(allowed=["s3://p"]))
 
     came = asyncio.run(BlockAnswerer(spec, engine, ask).answer(table, "block"))
 

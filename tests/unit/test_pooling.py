@@ -11,7 +11,7 @@ from airflow_provider_raylm.authoring import shared_engine
 from airflow_provider_raylm.cluster.batch.encoding import encode
 from airflow_provider_raylm.cluster.batch.exchange import Answer, RowError
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
-from airflow_provider_raylm.cluster.batch.rows import Engine, compile_step
+from airflow_provider_raylm.cluster.batch.rows import EngineTraits, compile_step
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer, answer_schema
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
@@ -28,8 +28,8 @@ def answered(value, rows=2, **fields):
         return [Answer(value, "", 3, 0) for _ in requests]
 
     table = pa.table({"a": ["x"] * rows, "b": ["y"] * rows, ROW_ID: list("01")[:rows]})
-    came = asyncio.run(BlockAnswerer(spec, Engine("m", 3), ask).answer(table, "block"))
-    assert came.rows.schema.equals(answer_schema(spec, table.schema.remove(2), Engine("m", 3)))
+    came = asyncio.run(BlockAnswerer(spec, EngineTraits("m", 3), ask).answer(table, "block"))
+    assert came.rows.schema.equals(answer_schema(spec, table.schema.remove(2), EngineTraits("m", 3)))
     assert came.counts["prompt_tokens"] == 3 * rows
     return came.rows
 
@@ -61,12 +61,12 @@ def test_a_class_is_the_likeliest_or_all():
 
 def test_a_score_is_of_two_texts():
     """Each by its own template."""
-    question = compile_step(Step(score=("${a}", "About ${b}")), Engine("m"))
+    question = compile_step(Step(score=("${a}", "About ${b}")), EngineTraits("m"))
 
     assert answered(0.25, score=["${a}", "${b}"])["response"].to_pylist() == [0.25] * 2
     assert question.request({"a": "x", "b": "y"}).content == '["x", "About y"]'
     with pytest.raises(RowError, match="empty"):
-        compile_step(Step(score=("${a}", "${b}")), Engine("m")).request({"a": "x", "b": " "})
+        compile_step(Step(score=("${a}", "${b}")), EngineTraits("m")).request({"a": "x", "b": " "})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from airflow_provider_raylm.cluster.batch.exchange import RowError
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
-from airflow_provider_raylm.cluster.batch.rows import Engine, compile_step
+from airflow_provider_raylm.cluster.batch.rows import EngineTraits, compile_step
 from airflow_provider_raylm.cluster.batch.rows.templates import compile_template
 from airflow_provider_raylm.errors import BatchError, RayLMError
 from airflow_provider_raylm.naming import application_name, submission_id
@@ -54,7 +54,7 @@ def test_a_value_goes_into_a_prompt_as_it_is(value, other):
 def test_a_chat_has_the_roles_of_its_template(value):
     """No value makes a message of its own."""
     step = Step(messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "${a}"}])
-    assert compile_step(step, Engine("m")).request({"a": value}).content == [
+    assert compile_step(step, EngineTraits("m")).request({"a": value}).content == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": value},
     ]

@@ -11,7 +11,7 @@ import pytest
 from airflow_provider_raylm.cluster.batch import rows
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal, Request, RowError
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
-from airflow_provider_raylm.cluster.batch.rows import Engine, compile_step
+from airflow_provider_raylm.cluster.batch.rows import EngineTraits, compile_step
 from airflow_provider_raylm.cluster.batch.rows.templates import compile_template
 from airflow_provider_raylm.cluster.batch.rows.values import missing_columns
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
@@ -50,7 +50,7 @@ def test_a_null_is_a_row_error():
 def test_an_empty_prompt_is_a_row_error(step):
     """White space is no question either."""
     with pytest.raises(RowError) as error:
-        compile_step(step, Engine("m")).request({"a": " \n"})
+        compile_step(step, EngineTraits("m")).request({"a": " \n"})
 
     assert error.value.refusal.reason == "empty_prompt"
 
@@ -67,7 +67,7 @@ def test_what_all_rows_share_is_said_once():
         extra_body={"priority": 1},
     )
 
-    question = compile_step(step, Engine("m"))
+    question = compile_step(step, EngineTraits("m"))
 
     assert json.loads(question.question) == {
         "kind": "completion",
@@ -89,7 +89,7 @@ def test_a_chat_request_keeps_roles_and_order():
     """Each message is its own template."""
     step = Step(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "${a}?"}])
 
-    assert compile_step(step, Engine("m")).request({"a": "Why"}).content == [
+    assert compile_step(step, EngineTraits("m")).request({"a": "Why"}).content == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Why?"},
     ]
@@ -105,7 +105,7 @@ def test_columns_of_earlier_steps_count_as_present():
 
 def test_the_whole_answer_is_a_list_of_answers():
     """Of several answers each is one; what is kept of them, too."""
-    question = compile_step(Step(prompt="${a}", n=2, keep=["token_ids"]), Engine("m"))
+    question = compile_step(Step(prompt="${a}", n=2, keep=["token_ids"]), EngineTraits("m"))
     answer = Answer(["x", "y"], "stop", 1, 4, extra={"token_ids": [[1, 2], [3, 4]]})
 
     assert question.read(answer) == {"response": ["x", "y"], "response_token_ids": [[1, 2], [3, 4]]}
@@ -125,8 +125,8 @@ def test_the_whole_answer_is_a_list_of_answers():
 )
 def test_a_row_brings_its_conversation(turns, expected):
     """As structs of a column, with ShareGPT's names, or as JSON text; templates may stand before it."""
-    whole = compile_step(Step(messages="${talk}"), Engine("m")).request({"talk": turns}).content
-    mixed = compile_step(Step(messages=[{"role": "system", "content": "Be ${how}."}, "${talk}"]), Engine("m"))
+    whole = compile_step(Step(messages="${talk}"), EngineTraits("m")).request({"talk": turns}).content
+    mixed = compile_step(Step(messages=[{"role": "system", "content": "Be ${how}."}, "${talk}"]), EngineTraits("m"))
 
     assert whole == [{"role": role, "content": content} for role, content in expected]
     assert mixed.request({"talk": turns, "how": "brief"}).content == [
@@ -152,7 +152,7 @@ def test_a_row_brings_its_conversation(turns, expected):
 def test_what_is_no_conversation_is_one_rows_fault(turns, reason, words):
     """A part that names a place is never handed to the engine, which would fetch it on the row's word."""
     with pytest.raises(RowError, match=words) as error:
-        compile_step(Step(messages="${talk}"), Engine("m")).request({"talk": turns})
+        compile_step(Step(messages="${talk}"), EngineTraits("m")).request({"talk": turns})
 
     assert error.value.refusal.reason == reason
 
@@ -160,14 +160,15 @@ def test_what_is_no_conversation_is_one_rows_fault(turns, reason, words):
 def test_a_row_tells_its_own_sampling():
     """Only what each row tells is its own; what its column holds is checked as the field is."""
     step = Step(prompt="${a}", max_tokens="${budget}", temperature=0.5, stop="${ends}")
-    question = compile_step(step, Engine("m"))
+    question = compile_step(step, EngineTraits("m"))
 
     assert json.loads(question.question)["fields"] == {"model": "m", "temperature": 0.5}
     request = question.request({"a": "x", "budget": 7, "ends": ["."]})
-    styled = compile_step(Step(prompt="${a}", adapter="${style}"), Engine("m"))
+    styled = compile_step(Step(prompt="${a}", adapter="${style}"), EngineTraits("m"))
     assert styled.request({"a": "x", "style": "legal"}).overrides == '{"model": "legal"}'
     assert (
-        json.loads(compile_step(Step(prompt="x", adapter="legal"), Engine("m")).question)["fields"]["model"] == "legal"
+        json.loads(compile_step(Step(prompt="x", adapter="legal"), EngineTraits("m")).question)["fields"]["model"]
+        == "legal"
     )
     assert json.loads(request.overrides) == {"max_tokens": 7, "stop": ["."]}
     assert step.columns_used == {"a", "budget", "ends"}
@@ -184,7 +185,7 @@ def test_a_row_tells_its_own_sampling():
 def test_a_bad_parameter_is_one_rows_fault(budget, reason, words):
     """Its neighbours have good ones."""
     with pytest.raises(RowError, match=words) as error:
-        compile_step(Step(prompt="x", max_tokens="${budget}"), Engine("m")).request({"budget": budget})
+        compile_step(Step(prompt="x", max_tokens="${budget}"), EngineTraits("m")).request({"budget": budget})
 
     assert error.value.refusal.reason == reason
 
@@ -217,7 +218,7 @@ JSON_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name"
 )
 def test_an_answer_may_be_none(step, answer, reason):
     """One that is cut off is written unless the author says otherwise, or nothing has been said by then."""
-    read = compile_step(step, Engine("m")).read(answer)
+    read = compile_step(step, EngineTraits("m")).read(answer)
 
     assert (read.reason if isinstance(read, Refusal) else None) == reason
 
@@ -252,7 +253,9 @@ def test_a_kind_of_its_own(monkeypatch):
     monkeypatch.setattr(CountStep, "columns_used", frozenset({"a"}))
     table = pa.table({"a": ["x", "yyy"], ROW_ID: ["0", "1"]})
 
-    assert asyncio.run(BlockAnswerer(spec, Engine("m"), ask).answer(table, "block")).rows["letters"].to_pylist() == [
+    assert asyncio.run(BlockAnswerer(spec, EngineTraits("m"), ask).answer(table, "block")).rows[
+        "letters"
+    ].to_pylist() == [
         1,
         3,
     ]

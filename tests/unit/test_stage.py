@@ -7,7 +7,7 @@ import pytest
 
 from airflow_provider_raylm.cluster.batch.encoding import encode
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
-from airflow_provider_raylm.cluster.batch.rows import Engine
+from airflow_provider_raylm.cluster.batch.rows import EngineTraits
 from airflow_provider_raylm.cluster.batch.stage import REASON, BlockAnswerer
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchSpec
@@ -25,7 +25,7 @@ def table(*texts, **columns):
 
 
 def answer(task, rows):
-    came = asyncio.run(BlockAnswerer(task, Engine("m"), asking(shouts)).answer(rows, "block"))
+    came = asyncio.run(BlockAnswerer(task, EngineTraits("m"), asking(shouts)).answer(rows, "block"))
     return came.rows, came.failed
 
 
@@ -107,7 +107,7 @@ def test_strange_results_of_a_row_function_fail_no_other_row(tmp_path):
 def test_a_row_function_that_is_not_there_is_named(tmp_path):
     """The error says that the cluster has to import it."""
     with pytest.raises(BatchError, match=r"preprocess: cannot import no\.such:thing on the cluster"):
-        BlockAnswerer(spec(tmp_path, preprocess="no.such:thing"), Engine("m"), asking(shouts))
+        BlockAnswerer(spec(tmp_path, preprocess="no.such:thing"), EngineTraits("m"), asking(shouts))
 
 
 def test_a_column_that_only_some_file_lacks_is_fatal(tmp_path):
@@ -126,7 +126,7 @@ async def test_the_steps_of_a_block_belong_together(steps, tmp_path):
         return shouts(question, [request.content for request in requests])
 
     questions = [{"prompt": "${text}", "output_column": name} for name in "ab"[:steps]]
-    await BlockAnswerer(spec(tmp_path, prompt=None, steps=questions), Engine("m"), ask).answer(
+    await BlockAnswerer(spec(tmp_path, prompt=None, steps=questions), EngineTraits("m"), ask).answer(
         table("x"), "00000-000000256"
     )
 

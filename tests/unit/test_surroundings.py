@@ -38,3 +38,20 @@ def test_a_process_enters_its_surroundings(own_process, monkeypatch, tmp_path):
     said = json.dumps({"message": 'fr0m-a-file k"ey http://shown'})
     assert hidden(said) == '{"message": "*** *** http://shown"}'
     assert 'k"ey' not in repr(around)
+
+
+def test_a_pad_comes_with_the_credentials(own_process, monkeypatch):
+    """And is taken from where it was left, once; what is known of file systems does not have it."""
+    from airflow_provider_raylm.ray_jobs import JobRequest
+    from airflow_provider_raylm.wire import HANDED_VARIABLE, handed
+
+    request = JobRequest("id", "preview", {}, storage={"s3": {"key": "k"}}, pad=b"\x00\xff")
+    left = {b"gcs://place": handed(request.secrets)}
+    monkeypatch.setenv(HANDED_VARIABLE, "gcs://place")
+    monkeypatch.setattr(surroundings.internal_kv, "_internal_kv_get", left.get)
+    monkeypatch.setattr(surroundings.internal_kv, "_internal_kv_del", left.pop)
+    around = surroundings.received([], {})
+
+    assert (around.pad, around.storage, left) == (b"\x00\xff", {"s3": {"key": "k"}}, {})
+    assert JobRequest("id", "sweep", {}).secrets == {}
+    assert "pad" not in repr(around)

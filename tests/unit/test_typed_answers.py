@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from airflow_provider_raylm.cluster.batch.encoding import encode
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
-from airflow_provider_raylm.cluster.batch.rows import Engine, compile_step
+from airflow_provider_raylm.cluster.batch.rows import EngineTraits, compile_step
 from airflow_provider_raylm.cluster.batch.rows.arrow_types import shape_of
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.errors import BatchError, SpecError
@@ -96,7 +96,7 @@ def test_a_schema_has_an_arrow_type(schema, arrow):
 
 def read(text, **step):
     """Return the value that an answer's text is, or its refusal."""
-    read = compile_step(Step(prompt="x", **step), Engine("m")).read(Answer(text, "stop", 1, 1))
+    read = compile_step(Step(prompt="x", **step), EngineTraits("m")).read(Answer(text, "stop", 1, 1))
     return read if isinstance(read, Refusal) else read["response"]
 
 
@@ -144,7 +144,7 @@ def test_an_answer_that_does_not_fit_says_why(text, schema, words):
 
 def test_a_pydantic_model_is_a_schema():
     """The engine is held to it, the answer is checked by it, and what it makes of the answer is written."""
-    step = compile_step(Step(prompt="x", output_schema=f"{HERE}:Order"), Engine("m"))
+    step = compile_step(Step(prompt="x", output_schema=f"{HERE}:Order"), EngineTraits("m"))
     text = '{"day": "2026-01-01", "buyer": {"name": "A", "age": "5", "friends": [{"name": "B"}]}, "amount": 2}'
     value = step.read(Answer(text, "stop", 1, 1))["response"]
 
@@ -165,7 +165,7 @@ def test_a_pydantic_model_is_a_schema():
 def test_a_schema_that_is_none_ends_the_task(schema, words):
     """Before anything is asked."""
     with pytest.raises(BatchError, match=words):
-        compile_step(Step(prompt="x", output_schema=schema), Engine("m"))
+        compile_step(Step(prompt="x", output_schema=schema), EngineTraits("m"))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def asked(answers, **step):
         return [next(said) for _ in asked]
 
     table = pa.table({"a": ["Which?"], ROW_ID: ["0"]})
-    return asyncio.run(BlockAnswerer(spec, Engine("m"), ask).answer(table, "block")), requests
+    return asyncio.run(BlockAnswerer(spec, EngineTraits("m"), ask).answer(table, "block")), requests
 
 
 def test_an_answer_that_does_not_fit_is_asked_for_again():
@@ -259,7 +259,7 @@ def test_any_value_of_any_schema_comes_back_from_a_file(case, data):
     """As the answer had it: what a property may leave out is null, and a union is its JSON text."""
     schema, values = case
     told = data.draw(st.lists(values, min_size=1, max_size=4))
-    step = compile_step(Step(prompt="x", output_schema=schema), Engine("m"))
+    step = compile_step(Step(prompt="x", output_schema=schema), EngineTraits("m"))
     read = [step.read(Answer(json.dumps(value), "stop", 1, 1))["response"] for value in told]
     table = pa.table({"response": pa.array(read, step.columns[0].type)})
 

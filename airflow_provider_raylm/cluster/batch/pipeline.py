@@ -29,7 +29,7 @@ from airflow_provider_raylm.cluster.batch.asking import Handle, once
 from airflow_provider_raylm.cluster.batch.loop import drained
 from airflow_provider_raylm.cluster.batch.recovery import Recovery
 from airflow_provider_raylm.cluster.batch.report import COUNTS, Tally
-from airflow_provider_raylm.cluster.batch.rows import Engine
+from airflow_provider_raylm.cluster.batch.rows import EngineTraits
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.cluster.batch.storage import Place
 from airflow_provider_raylm.cluster.batch.task import Work, answer_blocks, answer_source
@@ -73,7 +73,7 @@ def infer(
     """
     spec.require_task(ref.task)
     tally = Tally()
-    ref = _with_vector_size(spec, ref, say)
+    ref = with_vector_size(spec, ref, say)
 
     def answers(work: Work) -> Generator[dict[str, Any]]:
         if redeploy is not None:
@@ -87,13 +87,13 @@ def infer(
         if due:
             say(progress.line())
 
-    with _heartbeat(ref.application, spec.output, tally, say, tell or line), _only_writer(spec.output, say):
+    with heartbeat(ref.application, spec.output, tally, say, tell or line), _only_writer(spec.output, say):
         report = answer_source(spec, ref, answers, say, tally)
         leases.record(ref.application, report)
     return report
 
 
-def _with_vector_size(spec: BatchSpec, ref: EngineRef, say: Say) -> EngineRef:
+def with_vector_size(spec: BatchSpec, ref: EngineRef, say: Say) -> EngineRef:
     """Return the reference with what a column of embeddings needs; that of a lent engine lacks it."""
     if ref.vector_size or not any(step.embed is not None and step.dimensions is None for step in spec.all_steps):
         return ref
@@ -185,7 +185,7 @@ async def _answered(work: Work, caller: Any) -> AsyncGenerator[dict[str, Any]]:
     await follow()
     recovery = Recovery(window.metered(handle.ask), lambda: handle.until_well(spec.engine_timeout))
     ask = by_prefix(recovery, lambda: len(there.replicas), lambda: there.cache_tokens)
-    answerer = BlockAnswerer(spec, Engine.of(ref), once(ask) if spec.deduplicate else ask)
+    answerer = BlockAnswerer(spec, EngineTraits.of(ref), once(ask) if spec.deduplicate else ask)
     loop = asyncio.get_running_loop()
     looking = Periodic(
         "raylm-look",
@@ -219,7 +219,7 @@ def _require_cpus(wanted: float) -> None:
 
 
 @contextmanager
-def _heartbeat(application: str, output: str, tally: Tally, say: Say, tell: Tell) -> Iterator[None]:
+def heartbeat(application: str, output: str, tally: Tally, say: Say, tell: Tell) -> Iterator[None]:
     """Renew the engine's lease and tell the progress while the body runs.
 
     Each in a thread of its own: a look at the engine may have to wait for Serve's controller, a renewal must not.

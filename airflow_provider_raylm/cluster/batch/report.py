@@ -31,8 +31,12 @@ COUNTS = pa.schema(
         *((name, pa.int64()) for name in ENGINE_COUNTS),
         ("failures", pa.list_(pa.string())),
         ("message", pa.string()),
+        ("stopped", pa.bool_()),
     ]
 )
+
+STOPPED = {"stopped": True}
+"""Comes after a stage's last block when its tokens are spent and blocks are left."""
 
 
 def count_block(block: Written, answered: Answered) -> dict[str, Any]:
@@ -63,6 +67,7 @@ class Tally:
         kept: rows of this run's blocks that an earlier attempt had answered.
         engine: what the engine was paid for, by the names of ``ENGINE_COUNTS``.
         message: what the first failed row met with.
+        is_stopped: whether a stage has left blocks because its tokens are spent.
     """
 
     total: int | None = None
@@ -73,9 +78,13 @@ class Tally:
     engine: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
     message: str = ""
+    is_stopped: bool = False
 
     def add(self, block: dict[str, Any]) -> None:
-        """Add what ``count_block`` returned."""
+        """Add what ``count_block`` returned, or ``STOPPED``."""
+        if block.get("stopped"):
+            self.is_stopped = True
+            return
         self.blocks[block["block"]] = block["rows"]
         self.kept += block["kept"]
         self.written += block["written"]

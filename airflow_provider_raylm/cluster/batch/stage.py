@@ -21,7 +21,7 @@ from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.json_text import as_text, common_type
 from airflow_provider_raylm.cluster.batch.loading import load
 from airflow_provider_raylm.cluster.batch.recovery import Ask
-from airflow_provider_raylm.cluster.batch.rows import Engine, Question, compile_step
+from airflow_provider_raylm.cluster.batch.rows import EngineTraits, Question, compile_step
 from airflow_provider_raylm.cluster.batch.rows.values import values
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
@@ -109,7 +109,7 @@ class BlockAnswerer:
         BatchError: a row function or a schema cannot be imported, or a schema is none.
     """
 
-    def __init__(self, spec: BatchSpec, engine: Engine, ask: Ask) -> None:
+    def __init__(self, spec: BatchSpec, engine: EngineTraits, ask: Ask) -> None:
         self._spec = spec
         self._ask = ask
         self._steps = [compile_step(step, engine) for step in spec.all_steps]
@@ -284,7 +284,7 @@ def load_function(name: str, path: str | None) -> RowFunction | None:
     return None if path is None else load(name, path)
 
 
-def answer_schema(spec: BatchSpec, source: pa.Schema, engine: Engine) -> pa.Schema:
+def answer_schema(spec: BatchSpec, source: pa.Schema, engine: EngineTraits) -> pa.Schema:
     """Return the columns of an answered row, of one that no row function has changed.
 
     Raises:

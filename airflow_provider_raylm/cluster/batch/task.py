@@ -12,15 +12,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from airflow_provider_raylm.cluster.batch.budget import require_budget, require_hope
+from airflow_provider_raylm.cluster.batch.budget import Allowance, require_budget, require_hope, require_tokens
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.identity import task_fingerprint
 from airflow_provider_raylm.cluster.batch.loop import in_threads
 from airflow_provider_raylm.cluster.batch.output import Output, Parts, Progress
 from airflow_provider_raylm.cluster.batch.plan import Plan, make_plan
 from airflow_provider_raylm.cluster.batch.reader import read_blocks
-from airflow_provider_raylm.cluster.batch.report import ENGINE_COUNTS, Tally, count_block
-from airflow_provider_raylm.cluster.batch.rows import Engine
+from airflow_provider_raylm.cluster.batch.report import ENGINE_COUNTS, STOPPED, Tally, count_block
+from airflow_provider_raylm.cluster.batch.rows import EngineTraits
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer, answer_schema
 from airflow_provider_raylm.cluster.batch.window import Window, in_order
 from airflow_provider_raylm.cluster.surroundings import Surroundings, entered
@@ -93,11 +93,12 @@ def answer_source(
 
     Raises:
         BatchError: the source, its columns, the output, or more failed rows than the budget.
+        SpecError: the tokens are spent that it may spend.
     """
     started = time.monotonic()
     plan = plan_of(spec, say)
     mark = task_fingerprint(spec, ref, plan.fragments)
-    schema = answer_schema(spec, plan.schema, Engine.of(ref))
+    schema = answer_schema(spec, plan.schema, EngineTraits.of(ref))
     output = Output(spec, mark)
     begun = output.begin(schema)
     if isinstance(begun, BatchReport):
@@ -116,6 +117,7 @@ def answer_source(
         for block in blocks:
             tally.add(block)
             require_hope(spec, total, tally)
+    require_tokens(spec, total, tally)
     if total is not None and (read := sum(tally.blocks.values())) != total:
         raise BatchError(f"{read} rows were read, but the source has {total}; the output is not complete.")
     report = _report(spec, ref, mark, tally, done, time.monotonic() - started)
@@ -126,7 +128,12 @@ def answer_source(
 
 
 async def answer_blocks(work: Work, answerer: BlockAnswerer, window: Window) -> AsyncGenerator[dict[str, Any]]:
-    """Read, answer and write the blocks that are not done; yield each one's counts, in the source's order."""
+    """Read, answer and write the blocks that are not done; yield each one's counts, in the source's order.
+
+    The last is ``STOPPED`` if the tokens are spent and blocks are left.
+    """
+    most = work.spec.max_tokens_total
+    allowance = Allowance(None if most is None else most / work.stages)
 
     async def answer(block: tuple[str, pa.Table]) -> dict[str, Any]:
         name, rows = block
@@ -134,12 +141,16 @@ async def answer_blocks(work: Work, answerer: BlockAnswerer, window: Window) -> 
         if before.ids:
             rows = rows.filter(pa.array([one not in before.ids for one in rows[ROW_ID].to_pylist()], pa.bool_()))
         answered = await answerer.answer(rows, name)
+        allowance.add(before.rows, answered.counts)
         await asyncio.to_thread(work.parts.write, before, answered.rows, answered.failed)
         return count_block(before, answered)
 
-    async with aclosing(in_order(answer, in_threads(work.left()), window, lambda block: block[1].nbytes)) as counts:
+    blocks = in_threads(allowance.within(work.left()))
+    async with aclosing(in_order(answer, blocks, window, lambda block: block[1].nbytes)) as counts:
         async for one in counts:
             yield one
+    if allowance.is_over:
+        yield STOPPED
 
 
 def _report(spec: BatchSpec, ref: EngineRef, mark: str, tally: Tally, done: int, seconds: float) -> BatchReport:

@@ -49,7 +49,7 @@ class Question(Protocol):
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineTraits:
     """What a question depends on of the engine that is asked.
 
     Attributes:
@@ -63,12 +63,12 @@ class Engine:
     media: Media = field(default_factory=Media)
 
     @classmethod
-    def of(cls, ref: EngineRef) -> Engine:
+    def of(cls, ref: EngineRef) -> EngineTraits:
         """Return it as its reference tells."""
         return cls(ref.model, ref.vector_size, ref.media)
 
 
-KINDS: dict[str, Callable[[Step, Engine], Question]] = {
+KINDS: dict[str, Callable[[Step, EngineTraits], Question]] = {
     "prompt": lambda step, engine: Generation(step, engine.model, engine.media),
     "messages": lambda step, engine: Generation(step, engine.model, engine.media),
     "embed": lambda step, engine: Embedding(step, engine.vector_size),
@@ -77,7 +77,7 @@ KINDS: dict[str, Callable[[Step, Engine], Question]] = {
 }
 
 
-def compile_step(step: Step, engine: Engine) -> Question:
+def compile_step(step: Step, engine: EngineTraits) -> Question:
     """Return a step as the stage works with it.
 
     Args:
