@@ -10,15 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from airflow_provider_raylm.wire import progress_in
 from tests.clusters import Cluster, ray_cluster
 from tests.demo import data
+from tests.demo.page import write_page
 from tests.standalone import Airflow, standalone
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,6 +31,8 @@ TASKS = ("label", "keywords", "reply")
 CONTEXT_LENGTH = 1024
 RUN_TIMEOUT_S = 600.0
 LEAST_ACCURACY = 0.95
+# Rows of each task on the page.
+SHOWN = 8
 
 
 class StepError(Exception):
@@ -63,13 +68,72 @@ def run_dag(airflow: Airflow, cluster: Cluster, model: Path, source: Path) -> di
         "output": str(output),
     }
     run = airflow.trigger(DAG, conf)
-    state = airflow.wait(DAG, run, RUN_TIMEOUT_S)
+    with progress(airflow, cluster, run):
+        state = airflow.wait(DAG, run, RUN_TIMEOUT_S)
     states = airflow.states(DAG, run)
     if state != "success":
         failed = [task for task, end in states.items() if end == "failed"]
         logs = "\n".join(airflow.log(DAG, run, task)[-2000:] for task in failed)
         raise StepError(f"the run ended as {state}: {states}\n{logs}")
     return {task: airflow.xcom(DAG, run, task) for task in states}
+
+
+@contextmanager
+def progress(airflow: Airflow, cluster: Cluster, run: str) -> Iterator[None]:
+    """Print each task's state when it changes, and how far its job is, while the body runs."""
+    over = Event()
+    said: dict[str, Any] = {}
+
+    def say(name: str, words: Any) -> None:
+        if words is not None and said.get(name) != words:
+            said[name] = words
+            print(f"demo:   {name}: {words}", flush=True)
+
+    def look() -> None:
+        while not over.wait(1):
+            # Neither has to answer: the run goes on, and the next look comes.
+            with suppress(Exception), closing(cluster.client()) as jobs:
+                for task, state in airflow.states(DAG, run).items():
+                    say(task, state)
+                for job in jobs.all_jobs():
+                    told = progress_in(jobs.logs(job.submission_id, 5)) if job.info.status == "RUNNING" else ()
+                    if told:
+                        say(f"{job.info.metadata['task_id']}, so far", told[-1].line())
+
+    watcher = Thread(target=look, name="demo-progress", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join(10)
+
+
+def page(cluster: Cluster, results: dict[str, dict[str, Any]], shares: dict[str, float]) -> Path:
+    """Write the page and return its path."""
+    with closing(cluster.client()) as jobs:
+        ran = [
+            (job.info.metadata.get("task_id", ""), job.info.submitted_at, job.ended_at)
+            for job in jobs.all_jobs()
+            if job.info.metadata.get("task_id") in results and job.info.submitted_at and job.ended_at
+        ]
+    tasks = {
+        task: {
+            "rows": results[task]["rows_in"],
+            "failed": results[task]["rows_quarantined"],
+            "generated tokens": results[task]["completion_tokens"],
+            "rows/s": results[task]["rows_in"] / results[task]["seconds"],
+            "right": f"{shares[task]:.1%}",
+        }
+        for task in TASKS
+    }
+    rows = {
+        task: [(row["text"], row[task]) for row in answers(results[task]).to_pylist() if row["kind"] == "review"][
+            :SHOWN
+        ]
+        for task in TASKS
+    }
+    return write_page(BUILD / "index.html", sorted(ran, key=lambda job: job[1]), tasks, rows)
 
 
 def answers(report: dict[str, Any]) -> pa.Table:
@@ -145,6 +209,7 @@ def main() -> int:
                 engines = engines_started(cluster)
                 shares = accuracy(results)
                 show(results, shares)
+                shown = page(cluster, results, shares)
                 if leaked or engines != 1:
                     raise StepError(f"{engines} engines were started, {leaked} are left")
                 if min(shares.values()) < LEAST_ACCURACY:
@@ -154,6 +219,7 @@ def main() -> int:
         return 1
     rows = sum(results[task]["rows_in"] for task in TASKS)
     failed = sum(results[task]["rows_quarantined"] for task in TASKS)
+    print(f"demo: see {shown}")
     print(f"demo: took {time.monotonic() - started:.0f} s")
     print(f"demo: OK engines_started={engines} tasks={len(TASKS)} rows={rows} failed={failed} leaked_engines={leaked}")
     return 0

@@ -75,8 +75,8 @@ def test_a_renewal_that_fails_is_said_once_and_tried_again(events, monkeypatch):
     pipeline.infer(SPEC, REF, said.append)
 
     trying = "renewing the engine's lease fails, and is tried every 0.01 s"
-    assert said == [
-        f"another attempt is writing {OUTPUT}: waiting until it has ended",
+    # What else is said comes from another thread, at any moment.
+    assert [line for line in said if line.startswith("renewing")] == [
         f"{trying}: SilentLease: silent",
         f"{trying}: OSError: no room",
         "renewing the engine's lease succeeds again",
