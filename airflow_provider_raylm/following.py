@@ -95,7 +95,7 @@ def submit_or_attach(
 ) -> str:
     """Return the submission id of the job to follow: the one that is running for this task, else a new one.
 
-    A job with other metadata is of before the task was cleared: it is stopped, if it still runs. One that has not
+    A job with other metadata is from before the task was cleared: it is stopped, if it still runs. One that has not
     started in time is told to stop, and left behind: Ray stops it when it starts, and no sooner. A silent cluster is
     borne, as while a job is followed.
 

@@ -25,7 +25,7 @@ def complain(line: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; long cells go on in the next line."""
+    """Print a table; long cells continue in the next line."""
     made = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for column in made.columns:
         column.overflow = "fold"

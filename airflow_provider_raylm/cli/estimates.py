@@ -58,7 +58,7 @@ def engine_seconds(report: PreviewReport, rows: int) -> Range:
     """Return for how long the engine works on *rows* rows.
 
     At best, each row takes as long as in the sample and the engine always works on as many as it can: ``N * t / c``, t
-    the mean of the rows' seconds, c the engine's capacity. At worst it goes on as in the sample, which may have been
+    the mean of the rows' seconds, c the engine's capacity. At worst it continues as in the sample, which may have been
     too small to fill it: ``N * w / n``, w the sample's seconds, n its rows. Both are further apart by the half width of
     t, relative to t.
     """

@@ -62,7 +62,7 @@ def run_verb(
     except Stopped:
         raise
     except BaseException:
-        # Interrupted, or lost from sight: a job that nobody waits for must not go on.
+        # Interrupted, or lost from sight: a job that nobody waits for must not continue.
         if not _has_ended(jobs, request.submission_id):
             complain(f"stopping Ray job {request.submission_id}")
             with suppress(ClusterError):

@@ -32,7 +32,7 @@ class Periodic:
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Call no more, and wait *timeout* seconds at most for a call that is on its way."""
+        """Call no more, and wait *timeout* seconds at most for a call that is in flight."""
         self._over.set()
         self._thread.join(timeout)
 

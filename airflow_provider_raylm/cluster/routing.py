@@ -1,4 +1,4 @@
-"""Which replica a call goes to: the one with the fewest rows on their way, or one that has what its rows begin with.
+"""Which replica a call goes to: the one with the fewest rows in flight, or one that has what its rows begin with.
 
 Serve counts requests, of two replicas at a time; blocks differ in rows, and it is rows that an engine works on. The
 class runs wherever a handle is, and Serve brings it there by value: this module imports nothing of this package.
@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-# The tasks keep twice as many rows on their way as the engines work on. A replica with less than half of the others'
+# The tasks keep twice as many rows in flight as the engines work on. A replica with less than half of the others'
 # rows is about to have too few to be busy, which costs more than to compute a prefix once more.
 IMBALANCE = 2
 # Names and where they went; one takes about 300 bytes.
@@ -31,7 +31,7 @@ def numbered(number: int) -> str:
 
 
 class RowsRouter(RequestRouter):
-    """Sends a block to the replica with the fewest rows on their way, and one that has a name to where the name is.
+    """Sends a block to the replica with the fewest rows in flight, and one that has a name to where the name is.
 
     A block is a call with the keyword argument ``requests``, a list of its rows. With ``near``, a name, it goes to the
     replica that the name went to before, or to the one that it numbers, unless that has more than twice as many rows
@@ -46,7 +46,7 @@ class RowsRouter(RequestRouter):
     queue_len_response_deadline_s = 1.0
 
     def initialize_state(self) -> None:
-        """Begin with nothing on its way."""
+        """Begin with nothing in flight."""
         self._calls: dict[str, tuple[ReplicaID, int]] = {}
         self._chosen: dict[str, float] = {}
         self._rows_at: Counter[ReplicaID] = Counter()

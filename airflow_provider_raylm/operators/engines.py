@@ -165,7 +165,7 @@ class SweepEnginesOperator(RayLMOperator):
     Returns a ``SweepReport`` as JSON values.
 
     Args:
-        max_age: age past which an engine is deleted even if its run still goes on; None for no bound.
+        max_age: age past which an engine is deleted even if its run is still active; None for no bound.
     """
 
     def __init__(self, *, max_age: timedelta | None = timedelta(days=1), **kwargs: Any) -> None:

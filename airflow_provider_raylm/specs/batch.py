@@ -74,7 +74,7 @@ class BatchSpec(Step):
     in_flight_rows: int | None = Field(
         None,
         ge=1,
-        description="Rows on their way at a time, rounded up to blocks; default: twice what the engine works on.",
+        description="Rows in flight at a time, rounded up to blocks; default: twice what the engine works on.",
     )
     request_timeout: float | None = Field(
         None, gt=0, description="Seconds that a row may be in the engine; default: for as long as it gets tokens."

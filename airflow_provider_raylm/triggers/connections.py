@@ -145,7 +145,7 @@ class Connection:
         return max(poll_interval, self.users / LOOKS_PER_S)
 
     def close(self) -> None:
-        """Give all back; a call that is on its way ends by itself."""
+        """Give all back; a call that is in flight ends by itself."""
         if self._jobs is not None:
             self._jobs.close()
         self._looks.shutdown(wait=False)

@@ -60,7 +60,7 @@ def _concurrency(rates: Mapping[str, float], path: Path) -> Path:
         axes.axhline(rate, linestyle=style, color="#606060", label=f"{number} at a time, default window")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("rows on their way at a time (in_flight_rows)")
+    axes.set_xlabel("rows in flight at a time (in_flight_rows)")
     axes.set_ylabel("rows/s")
     axes.legend(frameon=False)
     _plain(axes)

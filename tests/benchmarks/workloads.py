@@ -33,7 +33,7 @@ class Workload:
         bars: by ratio, the least value that counts as met.
         prefixes: instructions of that many tokens each, one of which stands before every prompt.
         repeated: share of the rows whose prompt is another row's.
-        turns: questions per row; each goes on with all that was said before.
+        turns: questions per row; each continues with all that was said before.
         floats: numbers in every row that nobody asks for.
         characters: how long prompts are at least.
         skewed: whether answers are sampled and end where the model comes to one of ``ENDS``, some after a token, some

@@ -17,7 +17,7 @@ LONGER = {"max_tokens": 480}
 RUN_TIMEOUT_S = 400.0
 UNREACHABLE_S = 60
 MARKED_ROWS = 1_500
-# Until Ray has a job as stopped, and the engine has given up what was on its way.
+# Until Ray has a job as stopped, and the engine has given up what was in flight.
 STOP_TIMEOUT_S = 80
 IDLE_TIMEOUT_S = 15
 # More than a minute: longer than what is left of the run's time when the engine is up.
@@ -34,7 +34,7 @@ def _on_the_engine(scene, batch, dag_id="chaos_on_an_engine"):
 
 
 def _goes_on(scene, harm):
-    """Harm what stands between Airflow and the job; the job goes on, and there is never a second one."""
+    """Harm what stands between Airflow and the job; the job continues, and there is never a second one."""
     jobs = len(scene.inference_jobs())
     batch = scene.batch(scene.table(ROWS), **LONG)
     with scene.accounted(batch, ROWS) as accounts:
@@ -85,7 +85,7 @@ def _marked(scene, dag_id):
         scene.airflow.mark(dag_id, run, "work", "failed")
         marked = time.monotonic()
         scene.until(lambda: not any(job["status"] == "RUNNING" for job in scene.inference_jobs()), STOP_TIMEOUT_S)
-        # What was on its way would keep the engine busy for half a minute more.
+        # What was in flight would keep the engine busy for half a minute more.
         scene.until(scene.is_idle, IDLE_TIMEOUT_S)
         accounts.recovery_s = time.monotonic() - marked
         assert len(parts(batch)) * batch["block_rows"] < rows, "the task was done before it was marked"

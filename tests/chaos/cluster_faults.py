@@ -38,7 +38,7 @@ def _second_node(cluster):
 
 @fault
 def node_dies(scene):
-    """The one that has the engine, and perhaps the task's stage; another joins, and the task goes on there."""
+    """The one that has the engine, and perhaps the task's stage; another joins, and the task continues there."""
     with ray_cluster(cpus=1, other_nodes=True) as cluster, _second_node(cluster) as node:
         cluster.python = scene.cluster.python
         there = Scene(cluster, scene.chance, scene.stack)

@@ -70,7 +70,7 @@ def engine_core_hangs(scene):
 
 @fault
 def replica_of_two_killed(scene):
-    """The other one goes on, and takes what was lost."""
+    """The other one continues, and takes what was lost."""
     engine = scene.deploy("two", replicas=2)
     application = engine["application"]
     batch = scene.batch(scene.table(ROWS))
@@ -181,14 +181,14 @@ def _kill_job(scene: Scene) -> None:
 
 @fault
 def driver_killed(scene):
-    """Airflow's retry goes on. The stage's actor may finish what it has begun before Ray ends it."""
+    """Airflow's retry continues. The stage's actor may finish what it has begun before Ray ends it."""
     return _killed(scene, 1, lambda: kill(scene.driver()), within=1)
 
 
 @fault
 def job_killed_twenty_times(scene):
     """The driver, and the stage's actor, which then finishes nothing."""
-    # With few rows on their way: there have to be some left for twenty attempts.
+    # With few rows in flight: there have to be some left for twenty attempts.
     return _killed(scene, KILLS, lambda: _kill_job(scene), within=0.3, block_rows=16, in_flight_rows=128)
 
 

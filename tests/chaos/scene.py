@@ -312,7 +312,7 @@ def labels(name):
 
 
 def at_most_redone(batch):
-    """Return how many rows a task that is killed may have to ask again: those on their way, and three blocks."""
+    """Return how many rows a task that is killed may have to ask again: those in flight, and three blocks."""
     window = Window(batch.get("in_flight_rows"), batch["block_rows"])
     window.fit(WITNESSED["max_num_seqs"], 1)
     return window.most_rows + 3 * batch["block_rows"]

@@ -91,7 +91,7 @@ def progress(airflow: Airflow, cluster: Cluster, run: str) -> Iterator[None]:
 
     def look() -> None:
         while not over.wait(1):
-            # Neither has to answer: the run goes on, and the next look comes.
+            # Neither has to answer: the run continues, and the next look comes.
             with suppress(Exception), closing(cluster.client()) as jobs:
                 for task, state in airflow.states(DAG, run).items():
                     say(task, state)

@@ -69,7 +69,7 @@ def until_done(handle, near=None):
 
 
 def balance(handle, replicas, blocks_each):
-    """Return the share of the linear rate with twice as many blocks on their way as there are replicas.
+    """Return the share of the linear rate with twice as many blocks in flight as there are replicas.
 
     So many blocks that one more or less at a replica when they end does not decide.
     """

@@ -17,7 +17,7 @@ def said(cluster):
 
 @pytest.mark.parametrize("replicas", ["4", "8"])
 def test_equal_blocks_are_spread_evenly(said, replicas):
-    """With two blocks on their way for each replica, as a task has them at least."""
+    """With two blocks in flight for each replica, as a task has them at least."""
     assert said["balance"][replicas]["rate"] >= 0.95
 
 

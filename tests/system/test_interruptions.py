@@ -107,7 +107,7 @@ def held_batch(scene):
 
 
 def test_a_silent_cluster_and_a_token_that_changes(scene):
-    """Who waits for another cluster is not delayed; who was deferred with the old token goes on with the new one."""
+    """Who waits for another cluster is not delayed; who was deferred with the old token continues with the new one."""
     with gate(scene.cluster, "old-token") as before_it:
         scene.airflow.connect("raylm_gated", **before_it.connection(scene.runs_on))
         gated = Work(scene, "chaos_gated")
@@ -191,7 +191,7 @@ def test_a_triggerer_that_is_killed_is_replaced(scene):
 
 
 def test_a_triggerer_that_stands_still_is_replaced(scene):
-    """Told by Airflow to cancel when it goes on, it leaves the job to the one that has taken over."""
+    """Told by Airflow to cancel when it continues, it leaves the job to the one that has taken over."""
     work = Work(scene, "chaos_deferred")
     first = scene.until(work.triggerer, 10)
     stood_still = triggerer(scene)

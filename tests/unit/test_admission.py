@@ -67,7 +67,7 @@ def test_rows_enter_as_places_get_free():
 
 
 def test_an_engine_of_short_rows_is_given_more_ahead():
-    """What ends while an answer and the next row are on their way: half a second's rows, and never twice its size."""
+    """What ends while an answer and the next row are in flight: half a second's rows, and never twice its size."""
 
     async def test(replica):
         await replica.answer("t", 0.1, [str(i) for i in range(64 * 200)])

@@ -99,8 +99,8 @@ def test_only_an_engine_that_is_gone_is_deployed_again(monkeypatch):
 @pytest.mark.parametrize(
     ("state", "sentence"),
     [
-        ("RUNNING", r"The engine is running\. Retry the task: it goes on with the rows that are missing"),
-        ("UNHEALTHY", r"may come back\. Retry the task: it waits for the engine and goes on with the rows"),
+        ("RUNNING", r"The engine is running\. Retry the task: it continues with the missing rows"),
+        ("UNHEALTHY", r"may come back\. Retry the task: it waits for the engine and continues with the missing rows"),
         ("DEPLOY_FAILED", r"is DEPLOY_FAILED: why\. Clear the deploy task together with this one"),
         (None, r"is gone: .* Clear the deploy task together with this one"),
     ],

@@ -102,7 +102,7 @@ def test_a_tasks_history_is_there_at_once(viewer):
 
 
 def test_a_silent_cluster_slows_nobody(viewer, monkeypatch):
-    """It is said to be silent; the engines of the others are there, and those of before stay."""
+    """It is said to be silent; the engines of the others are there, and the earlier ones stay."""
     monkeypatch.setattr(watching, "ANSWER_S", 0.3)
     slow, good = Cluster(), Cluster()
     good.deploy()

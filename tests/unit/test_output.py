@@ -151,7 +151,7 @@ def test_a_retry_asks_what_is_not_done(root, monkeypatch):
 
 
 def test_another_processes_files_are_seen(root):
-    """Listings are never of before."""
+    """Listings are never earlier ones."""
     task = spec(root)
     assert Place(task.output).files() == {}
     attempt(task)

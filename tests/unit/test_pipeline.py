@@ -62,7 +62,7 @@ def test_the_lease_is_renewed_from_the_first_look_to_the_report(events):
 
 
 def test_a_renewal_that_fails_is_said_once_and_tried_again(events, monkeypatch):
-    """Whatever it fails with; and the task goes on."""
+    """Whatever it fails with; and the task continues."""
     failures = [leases.SilentLease("silent"), *[leases.SilentLease("silent")] * 3, OSError("no room")]
 
     def renew(application, output):

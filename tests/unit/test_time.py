@@ -26,7 +26,7 @@ def assert_all_answered(asked, outcomes):
 
 
 def test_a_crash_costs_the_restart_and_a_wave():
-    """With forty blocks to ask, six of them on their way: nothing waits for what it has nothing to do with."""
+    """With forty blocks to ask, six of them in flight: nothing waits for what it has nothing to do with."""
 
     _, without, _ = on_replicas(lambda engine: engine.task("t", blocks(40)))
     outcomes, seconds, engine = on_replicas(lambda engine: crash(engine, 40, 10.5, 0))

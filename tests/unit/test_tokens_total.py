@@ -36,7 +36,7 @@ def test_it_stops_in_good_order_and_goes_on(fields):
     ):
         attempt(bounded)
     first = written(fields)
-    # Two blocks are on their way at a time, of which nothing is known before one has ended.
+    # Two blocks are in flight at a time, of which nothing is known before one has ended.
     assert 40 <= first <= 60
     with pytest.raises(SpecError, match="of 100 rows are done"):
         attempt(bounded)

@@ -315,7 +315,7 @@ def test_a_token_that_stays_wrong_ends_the_task(clusters, said, monkeypatch):
 
 
 def test_a_connection_is_read_again_now_and_then(clusters, monkeypatch):
-    """It may have been edited; clients of before are closed."""
+    """It may have been edited; the earlier clients are closed."""
     monkeypatch.setattr(connections, "CLIENT_KEPT_S", 0.05)
     monkeypatch.setattr(connections, "CLOSED_AFTER_S", 0.05)
     jobs = clusters["c"] = Jobs(RUNNING, last="")

@@ -1,4 +1,4 @@
-"""How much is on its way at a time, and in which order its results come."""
+"""How much is in flight at a time, and in which order its results come."""
 
 import asyncio
 

@@ -183,7 +183,7 @@ class Handle:
                 if time.monotonic() >= end:
                     raise EngineError(
                         f"The engine {self._ref.application} failed and is not back after engine_timeout "
-                        f"({timeout:g} s): {_last_line(error)}. Retry the task when it is well: it goes on with the "
+                        f"({timeout:g} s): {_last_line(error)}. Retry the task when it is well: it continues with the "
                         "rows that are missing. Or clear the deploy task together with this one."
                     ) from None
             await asyncio.sleep(PING_PERIOD_S)
@@ -225,7 +225,7 @@ ANSWERS_KEPT = 100_000
 def once(ask: Ask, keep: int = ANSWERS_KEPT) -> Ask:
     """Return a function that asks equal requests once and gives all of them the one answer.
 
-    A request that is on its way for another block is waited for. Of answered requests the last *keep* are remembered.
+    A request that is in flight for another block is waited for. Of answered requests the last *keep* are remembered.
     """
     known: OrderedDict[bytes, asyncio.Future[Outcome]] = OrderedDict()
 

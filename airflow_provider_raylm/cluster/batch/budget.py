@@ -16,7 +16,7 @@ HOPELESS_BLOCKS = 4
 
 
 class Allowance:
-    """What one stage may spend of ``max_tokens_total``: it begins no block when what is on its way will have spent it.
+    """What one stage may spend of ``max_tokens_total``: it begins no block when what is in flight will have spent it.
 
     Args:
         tokens: None for no bound.
@@ -66,7 +66,7 @@ def require_tokens(spec: BatchSpec, total: int | None, tally: Tally) -> None:
     raise SpecError(
         f"max_tokens_total: {spent:,} tokens are spent, of {spec.max_tokens_total:,} that an attempt may spend; "
         f"{sum(tally.blocks.values()):,}{of} rows are done, {tally.quarantined:,} of them failed. What was answered "
-        f"stays in {spec.output}. To go on with the rest, clear the task, with a larger max_tokens_total or the same."
+        f"stays in {spec.output}. For the rest, clear the task, with a larger max_tokens_total or the same."
     )
 
 

@@ -59,7 +59,7 @@ class Refusal:
 
 
 class RowError(Exception):
-    """One row cannot be asked; the others go on. Its arguments are those of a ``Refusal``."""
+    """One row cannot be asked; the others continue. Its arguments are those of a ``Refusal``."""
 
     @property
     def refusal(self) -> Refusal:

@@ -1,4 +1,4 @@
-"""What an output is the answer to: as long as nothing of it changes, a retry goes on where an earlier attempt ended."""
+"""What an output is the answer to: while nothing of it changes, a retry continues where an earlier attempt ended."""
 
 from __future__ import annotations
 

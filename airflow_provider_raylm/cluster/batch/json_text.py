@@ -73,7 +73,7 @@ def _of_array(text: str, stream: IO[str]) -> Iterator[tuple[str, str]]:
         problem = f"element {number}: the array is not closed"
         try:
             _, end = _DECODER.raw_decode(text, at)
-            # A number at the end of what was read may go on.
+            # A number at the end of what was read may continue.
             complete = end < len(text)
         except (ValueError, RecursionError) as error:
             complete, problem = False, f"element {number}: {error}"

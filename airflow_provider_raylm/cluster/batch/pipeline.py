@@ -240,7 +240,7 @@ def heartbeat(application: str, output: str, tally: Tally, say: Say, tell: Tell)
             tell(tally.progress(round(now - started, 3), round(time.time(), 3)), due)
         trouble = status.trouble(application)
         if trouble and trouble != said_trouble:
-            say(f"the engine is not well: {trouble}; what was on its way is asked again when it is back")
+            say(f"the engine is not well: {trouble}; what was in flight is asked again when it is back")
         said_trouble = trouble
 
     with suppress(leases.SilentLease):

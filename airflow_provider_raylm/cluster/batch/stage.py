@@ -53,7 +53,7 @@ class Answered:
 
 @dataclass
 class _Block:
-    """Rows on their way: each is either still asked about or failed, and never both."""
+    """Rows in flight: each is either still asked about or failed, and never both."""
 
     rows: list[dict[str, Any]]
     failed: dict[int, Refusal] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class _Block:
 
 
 class BlockAnswerer:
-    """Answers blocks for one task; holds nothing between blocks, so that they may go on side by side.
+    """Answers blocks for one task; holds nothing between blocks, so that they may be answered side by side.
 
     Args:
         spec: the task.

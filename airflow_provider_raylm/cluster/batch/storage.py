@@ -1,7 +1,7 @@
 """Files on whatever storage fsspec opens: listed afresh, read in parts, written whole or not at all.
 
 fsspec's file systems remember listings for the life of the process, and what another process wrote is then not there.
-So nothing here answers from a listing of before.
+So nothing here answers from an earlier listing.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def answer_source(
         ref: the engine.
         answers: does the work and yields each block's counts; not called when nothing is left to do.
         say: receives progress lines.
-        tally: counts, while the work goes on.
+        tally: counts, while the work continues.
         plan_of: makes the plan.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How much of a task is on its way at a time, and how it stays so much. No Ray, no vLLM."""
+"""How much of a task is in flight at a time, and how it stays so much. No Ray, no vLLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from airflow_provider_raylm.cluster.batch.recovery import Answered, AskEngine
 BUSY_BLOCKS = 4
 # So many there are at least: more than are needed for help, so that an engine that may grow does.
 LEAST_BLOCKS = 6
-# Of blocks that are worked on, for each that may be on its way: what has been answered but for its longest rows, and
+# Of blocks that are worked on, for each that may be in flight: what has been answered but for its longest rows, and
 # what has been read and rendered to be asked next.
 BLOCKS_AT_WORK = 4
 # Arrow's bytes of the blocks that are worked on, for one stage. Python, JSON and Ray hold each about four times over.
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class Window:
-    """Bounds what is on its way: rows that are asked and not answered, blocks that are worked on, and their bytes.
+    """Bounds what is in flight: rows that are asked and not answered, blocks that are worked on, and their bytes.
 
     Rows are what keeps an engine full, whatever their lengths: twice what it works on at a time. While one half is
     worked on the other waits at the replica, so that the way there and back is never waited for; more would only wait

@@ -120,7 +120,7 @@ def explained(application: str) -> Iterator[None]:
             state = "The engine is running. Retry the task: it"
         raise EngineError(
             f"A call to the engine {application} failed, or the process that makes them died: "
-            f"{last_line(str(lost[-1]))} {state} goes on with the rows that are missing."
+            f"{last_line(str(lost[-1]))} {state} continues with the missing rows."
         ) from error
 
 

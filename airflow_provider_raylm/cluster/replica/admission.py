@@ -17,7 +17,7 @@ from functools import partial
 
 from airflow_provider_raylm.errors import EngineError
 
-# An answer is on its way to us, and the next row on its way to the engine, for this long at most while both are busy:
+# An answer travels to us, and the next row to the engine, for this long at most while both are busy:
 # so many rows as end in that time wait in the engine itself, so that it never has a place and no row for it.
 LEAD_S = 0.5
 # Of what it works on, at least this part.
@@ -120,7 +120,7 @@ class Admission:
         self._fill()
 
     def _places(self) -> int:
-        """Return how many rows may be inside: what the engine works on, and what it needs to go on without a pause."""
+        """Return how many rows may be inside: what the engine works on, and what keeps it from pausing."""
         seconds = _RATE_OVER_S * -math.expm1((self._began - self._ended_at) / _RATE_OVER_S)
         rate = self._ended / max(seconds, LEAD_S)
         lead = max(rate * LEAD_S, self._capacity * _LEAST_LEAD)

@@ -50,7 +50,7 @@ async def in_parts(replica: str, rows: Sequence[Row], admission: Admission, door
 
 
 class _Block:
-    """Rows on their way through the engine.
+    """Rows in flight through the engine.
 
     Attributes:
         left: how many have not ended.

@@ -433,7 +433,7 @@ function confirmStop(connection, engine) {
   set(byId("confirm-what"), `${engine.name} (${engine.model}) of ${engine.dag_id} › ${engine.run_id}, on ${connection.conn_id}.`);
   const tasks = engine.tasks.length;
   byId("confirm-tasks").hidden = byId("confirm-wait-label").hidden = !tasks;
-  set(byId("confirm-tasks"), tasks ? `${many(tasks, "task works", "tasks work")} on it. Without waiting, ${tasks === 1 ? "it fails" : "they fail"}; a retry goes on with the rows that are missing.` : "");
+  set(byId("confirm-tasks"), tasks ? `${many(tasks, "task works", "tasks work")} on it. Without waiting, ${tasks === 1 ? "it fails" : "they fail"}; a retry continues with the missing rows.` : "");
   byId("confirm-error").hidden = true;
   byId("confirm-yes").disabled = false;
   byId("confirm").showModal();

@@ -1,4 +1,4 @@
-"""Images of rows, on their way to the engine as ``data:`` addresses: it never fetches what a row names.
+"""Images of rows, which reach the engine as ``data:`` addresses: it never fetches what a row names.
 
 Who wrote the rows does not choose what the engine's network and credentials reach: an address is looked up here, and
 only below what the engine's spec allows.

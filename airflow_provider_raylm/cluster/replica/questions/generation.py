@@ -208,7 +208,7 @@ class Generation:
 
 
 class Completion(Generation):
-    """A prompt that the model goes on with."""
+    """A prompt that the model continues."""
 
     field = "prompt"
     _part = "_oai_serving_completion"
