@@ -1,9 +1,10 @@
 """The ceiling and the truth: the same model, asked by vLLM alone. Runs as a process of its own.
 
-Reads {"model", "prompts", "chats", "max_tokens", "schema", "choice"} from the file named first; writes answers to the
-second: to "prompts" and "chats"; "stops", pairs of sampling parameters that end answers early, and the answers to the
-prompts then; answers of the "schema" and of the "choice"; "budgets", of which each prompt has its own; "several" for
-each; and "kept", what else there is of an answer.
+Reads {"model", "prompts", "chats", "max_tokens", "schema", "choice", "regex", "grammar"} from the file named
+first; writes answers to the second: to "prompts" and "chats"; "stops", pairs of sampling parameters that end
+answers early, and the answers to the prompts then; answers of the "schema", the "choice", the "regex" and the
+"grammar"; "budgets", of which each prompt has its own; "several" for each; and "kept", what else there is of an
+answer.
 """
 
 import json
@@ -61,6 +62,8 @@ def main(request: Path, answers: Path) -> None:
         "stops": stops,
         "schema": typed(json=task["schema"]),
         "choice": typed(choice=task["choice"]),
+        "regex": typed(regex=task["regex"]),
+        "grammar": typed(grammar=task["grammar"]),
         "budgets": texts(llm.generate(task["prompts"], budgets, use_tqdm=False)),
         "several": [[one.text for one in output.outputs] for output in several],
         "kept": [

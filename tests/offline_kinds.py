@@ -23,7 +23,7 @@ ENCODER_KWARGS = {name: ENGINE_KWARGS[name] for name in ("dtype", "enforce_eager
 
 def main(request: Path, answers: Path) -> None:
     stay_in_process()
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, PoolingParams, SamplingParams
     from vllm.lora.request import LoRARequest
 
     from airflow_provider_raylm.cluster.replica.questions.pooling import Classify, Score
@@ -34,6 +34,8 @@ def main(request: Path, answers: Path) -> None:
     found["embed"] = [one.outputs.embedding for one in llm.embed(task["texts"], use_tqdm=False)]
     found["cosine"] = [one.outputs.score for one in llm.score(task["query"], task["texts"], use_tqdm=False)]
     found["longer"] = [len(llm.get_tokenizer().encode(one)) > CUT["truncate_prompt_tokens"] for one in task["texts"]]
+    raw = PoolingParams(use_activation=False)
+    found["raw"] = [one.outputs.embedding for one in llm.embed(task["texts"], pooling_params=raw, use_tqdm=False)]
     cut = llm.embed(task["texts"], use_tqdm=False, tokenization_kwargs=CUT)
     found["cut"] = [one.outputs.embedding for one in cut]
     del llm

@@ -6,16 +6,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 if TYPE_CHECKING:
     from airflow.cli.cli_config import CLICommand
 
+# By which Airflow tells its own processes from tasks.
+_PROCESS = "_AIRFLOW_PROCESS_CONTEXT"
 HELP = "Look at inference tasks before they run, at engines, and at failed rows"
 
 
@@ -161,8 +163,7 @@ def call(command: Command, arguments: argparse.Namespace) -> int:
     from airflow_provider_raylm.errors import RayLMError
 
     try:
-        # As Airflow's own commands on connections do: only then are those in its database looked at.
-        with patch.dict(os.environ, {"_AIRFLOW_PROCESS_CONTEXT": "server"}):
+        with _as_airflows_own():
             status: int = import_module(f"airflow_provider_raylm.cli.{command.name}").run(arguments)
     except (RayLMError, AirflowException) as error:
         sys.stderr.write(f"{error}\n")
@@ -171,6 +172,20 @@ def call(command: Command, arguments: argparse.Namespace) -> int:
         sys.stderr.write("interrupted\n")
         return 130
     return status
+
+
+@contextmanager
+def _as_airflows_own() -> Iterator[None]:
+    """Let the body find connections in Airflow's database, as Airflow's own commands do; tasks ask the API server."""
+    before = os.environ.get(_PROCESS)
+    os.environ[_PROCESS] = "server"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PROCESS]
+        else:
+            os.environ[_PROCESS] = before
 
 
 def airflow_commands() -> list[CLICommand]:

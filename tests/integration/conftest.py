@@ -28,6 +28,8 @@ SCHEMA = {
     "additionalProperties": False,
 }
 CHOICE = ["one", "two or three", "many"]
+REGEX = r"[a-d]{2,6}-\d{1,3}"
+GRAMMAR = 'root ::= word " and " word\nword ::= "black" | "white" | [0-9]+'
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +68,8 @@ def offline(cluster, model, texts):
         "max_tokens": MAX_TOKENS,
         "schema": SCHEMA,
         "choice": CHOICE,
+        "regex": REGEX,
+        "grammar": GRAMMAR,
     }
     request.write_text(json.dumps(task))
     command = [sys.executable, "-m", "tests.offline", str(request), str(answers)]

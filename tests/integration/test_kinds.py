@@ -28,6 +28,8 @@ QUERY = "Which text is like this?"
 IMAGES = 20
 # Of one engine on CPUs to another: the order in which rows are computed together.
 CLOSE = 1e-4
+# What is lost between float32 and float16, of the largest number.
+HALF = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,7 @@ def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds):
         {"embed": "${text}", "output_column": "vector"},
         {"score": ["${query}", "${text}"], "output_column": "cosine"},
         {"embed": "${text}", "output_column": "cut", **CUT},
+        {"embed": "${text}", "output_column": "raw", "normalize": False, "vector_type": "float16"},
     ]
     report, found = infer("embed", steps=steps)
     vectors = np.array(found["vector"].to_pylist(), np.float32)
@@ -118,6 +121,9 @@ def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds):
     assert np.abs(vectors - np.array(kinds.truth.embed, np.float32)).max() < CLOSE
     assert found["cosine"].to_pylist() == pytest.approx(kinds.truth.cosine, abs=CLOSE)
     assert np.abs(np.array(found["cut"].to_pylist()) - np.array(kinds.truth.cut)).max() < CLOSE
+    raw = np.array(found["raw"].to_pylist(), np.float32)
+    assert np.abs(raw - np.array(kinds.truth.raw, np.float32)).max() < HALF * np.abs(raw).max()
+    assert np.abs(np.linalg.norm(raw, axis=1) - 1).min() > 0.1, "normalised all the same"
     assert report["truncated_prompts"] == sum(kinds.truth.longer) > ROWS / 2
     assert report["prompt_tokens"] > 2 * ROWS
     assert (report["rows_written"], report["completion_tokens"], report["failures"]) == (ROWS, 0, {})

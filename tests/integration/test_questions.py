@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from airflow_provider_raylm.errors import BatchError
-from tests.integration.conftest import CHATS, CHOICE, MAX_TOKENS, ROWS, SCHEMA
+from tests.integration.conftest import CHATS, CHOICE, GRAMMAR, MAX_TOKENS, REGEX, ROWS, SCHEMA
 from tests.offline import TYPED_TOKENS, budget_of
 
 CUT_TOKENS = 12
@@ -52,6 +52,8 @@ def test_what_a_step_may_ask_equals_offline_vllm(infer, offline, tmp_path):
     steps = [
         {**asked, "output_column": "several", "n": 2, "top_k": 1, "temperature": None, "max_tokens": 6},
         {**asked, "output_column": "choice", "choice": CHOICE, "max_tokens": TYPED_TOKENS},
+        {**asked, "output_column": "regex", "regex": REGEX, "max_tokens": TYPED_TOKENS},
+        {**asked, "output_column": "grammar", "grammar": GRAMMAR, "max_tokens": TYPED_TOKENS},
         {**asked, "output_column": "kept", "keep": KEEP, "extra_body": {"logprobs": 2}, "max_tokens": MAX_TOKENS},
         {**asked, "output_column": "cut", "keep": ["prompt_token_ids"], "max_tokens": 1, **CUT},
         {**asked, "output_column": "typed", "output_schema": SCHEMA, "reasks": 0, "max_tokens": TYPED_TOKENS},
@@ -69,6 +71,8 @@ def test_what_a_step_may_ask_equals_offline_vllm(infer, offline, tmp_path):
     assert report["failures"] == ({"invalid_output": ROWS - len(there)} if len(there) < ROWS else {})
     assert report["cut_off"] >= ROWS - len(there)
     assert [row["choice"] for row in found] == [offline["choice"][i] for i in there]
+    assert [row["regex"] for row in found] == [offline["regex"][i] for i in there]
+    assert [row["grammar"] for row in found] == [offline["grammar"][i] for i in there]
     assert [row["several"] for row in found] == [offline["several"][i] for i in there]
     assert report["completion_tokens"] > ROWS * (2 * 6 + MAX_TOKENS)
     prompts = [one["prompt_token_ids"] for one in offline["kept"]]
