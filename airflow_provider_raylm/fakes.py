@@ -82,6 +82,7 @@ class FakeVerbs:
         if "redeploy" in payload and ref.application not in self._engines:
             self._deploy({"engine": payload["redeploy"], "labels": ref.labels, "replace": False}, request)
         spec.require_task(ref.task)
+        spec.paid_seconds(ref.gpus, payload.get("price_per_gpu_hour"))
         engine = self._require_there(ref)
         report = BatchReport(
             source=spec.sources,

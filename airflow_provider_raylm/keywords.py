@@ -177,6 +177,7 @@ class BatchFields(TypedDict, total=False):
     request_timeout: float | Later | None
     engine_timeout: float | Later
     max_tokens_total: int | Later | None
+    max_cost: float | Later | None
     deduplicate: bool | Later
     prompt_file: Later | None
 

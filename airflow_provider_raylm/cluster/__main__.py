@@ -55,7 +55,7 @@ def _infer(payload: dict[str, Any]) -> Value:
 
     spec, ref = build(BatchSpec, payload["batch"]), build(EngineRef, payload["engine"])
     redeploy = build(EngineSpec, payload["redeploy"]) if "redeploy" in payload else None
-    return pipeline.infer(spec, ref, say, redeploy, tell)
+    return pipeline.infer(spec, ref, say, redeploy, tell, payload.get("price_per_gpu_hour"))
 
 
 def _plan(payload: dict[str, Any]) -> Value:

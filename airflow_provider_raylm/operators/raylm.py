@@ -151,7 +151,12 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
                 "runtime_env": RuntimeEnv(),
             }
         )
-        payload = {"engine": json_values(same), "batch": batch.model_dump(mode="json", exclude_unset=True)}
+        payload: dict[str, Any] = {
+            "engine": json_values(same),
+            "batch": batch.model_dump(mode="json", exclude_unset=True),
+        }
+        if batch.max_cost is not None:
+            payload["price_per_gpu_hour"] = RayLMHook(self.raylm_conn_id).extra.price_per_gpu_hour
         if self.redeploy is not None:
             spec = build(EngineSpec, plain(self.redeploy))
             require_own(engine, context)

@@ -9,9 +9,12 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.specs.engine import EngineTask
 from airflow_provider_raylm.specs.reports import BatchReport
 from airflow_provider_raylm.specs.step import Step, require_kind
+
+_HOUR_S = 3600.0
 
 Format = Literal["parquet", "jsonl", "csv", "text"]
 OutputFormat = Literal["parquet", "jsonl"]
@@ -83,6 +86,9 @@ class BatchSpec(Step):
     max_tokens_total: int | None = Field(
         None, ge=1, description="Tokens of prompts and answers that an attempt may spend; then it stops in good order."
     )
+    max_cost: float | None = Field(
+        None, gt=0, description="What an attempt may cost, in the currency of the connection's price_per_gpu_hour."
+    )
     deduplicate: bool = Field(
         False, description="Ask rows with the same question once; needs temperature 0, where the answers are the same."
     )
@@ -97,6 +103,7 @@ class BatchSpec(Step):
             "request_timeout",
             "engine_timeout",
             "max_tokens_total",
+            "max_cost",
             "deduplicate",
         }
     )
@@ -163,6 +170,26 @@ class BatchSpec(Step):
         """
         for step in self.all_steps:
             require_kind(step.kind, task)
+
+    def paid_seconds(self, gpus: float, price: float | None) -> float | None:
+        """Return how long the task may have an engine for its ``max_cost``; None when it has no such bound.
+
+        That is max_cost / (price * gpus), as if nobody else worked on the engine: whoever shares it pays less.
+
+        Args:
+            gpus: of the engine.
+            price: of a GPU for an hour, in the currency of ``max_cost``.
+
+        Raises:
+            SpecError: there is no price, or nothing that has one.
+        """
+        if self.max_cost is None:
+            return None
+        if not price:
+            raise SpecError("max_cost: the connection has no price_per_gpu_hour; set it, or leave max_cost out")
+        if not gpus:
+            raise SpecError("max_cost: the engine has no GPU, which the price is for; use max_tokens_total")
+        return self.max_cost / (price * gpus) * _HOUR_S
 
     @property
     def all_steps(self) -> tuple[Step, ...]:

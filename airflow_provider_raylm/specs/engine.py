@@ -243,6 +243,11 @@ class EngineRef(Value):
     deploy_seconds: float = 0.0
     deployed_at: float = Field(0.0, description="Unix seconds at which its deployment began; 0 when it was adopted.")
 
+    @property
+    def gpus(self) -> float:
+        """GPUs of the engine, at most."""
+        return self.gpus_per_replica * self.replicas
+
 
 class EngineQuery(Value):
     """Which engine is looked for: its name, and whose it is; None for anybody's."""

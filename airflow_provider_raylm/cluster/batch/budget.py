@@ -1,9 +1,10 @@
-"""When a task ends before its rows do: for too many failed ones, or because its tokens are spent."""
+"""When a task ends before its rows do: for too many failed ones, or because its tokens or its money are spent."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import pyarrow as pa
 
@@ -16,27 +17,40 @@ HOPELESS_BLOCKS = 4
 
 
 class Allowance:
-    """What one stage may spend of ``max_tokens_total``: it begins no block when what is in flight will have spent it.
+    """What one stage may spend: it begins no block when what is in flight will have spent it.
 
     Args:
-        tokens: None for no bound.
+        tokens: of ``max_tokens_total``; None for no bound.
+        seconds: that ``max_cost`` pays for, from now on; None for no bound.
+        clock: seconds, as ``time.monotonic``.
+
+    Attributes:
+        over: the field that has had a block left; None while none has.
     """
 
-    def __init__(self, tokens: float | None) -> None:
+    def __init__(
+        self, tokens: float | None, seconds: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._tokens = math.inf if tokens is None else tokens
+        self._clock = clock
+        self._end = math.inf if seconds is None else clock() + seconds
         self._spent = 0
         self._begun = self._ended = 0
-        self.is_over = False
-        """Whether a block was left."""
+        self.over: str | None = None
 
     def within(self, blocks: Iterator[tuple[str, pa.Table]]) -> Iterator[tuple[str, pa.Table]]:
-        """Yield blocks until the tokens are spent."""
+        """Yield blocks until it is spent."""
         for name, rows in blocks:
-            if self._expected() >= self._tokens:
-                self.is_over = True
+            self.over = self._spent_field()
+            if self.over is not None:
                 return
             self._begun += rows.num_rows
             yield name, rows
+
+    def _spent_field(self) -> str | None:
+        if self._expected() >= self._tokens:
+            return "max_tokens_total"
+        return "max_cost" if self._clock() >= self._end else None
 
     def add(self, rows: int, counts: Mapping[str, int]) -> None:
         """Add a block that has ended, by its rows and what they took."""
@@ -48,8 +62,8 @@ class Allowance:
         return self._spent * self._begun / self._ended if self._ended else 0.0
 
 
-def require_tokens(spec: BatchSpec, total: int | None, tally: Tally) -> None:
-    """End a task whose tokens are spent before its rows are done.
+def require_allowance(spec: BatchSpec, total: int | None, tally: Tally) -> None:
+    """End a task whose tokens or money are spent before its rows are done.
 
     Args:
         spec: the task.
@@ -59,14 +73,15 @@ def require_tokens(spec: BatchSpec, total: int | None, tally: Tally) -> None:
     Raises:
         SpecError: they are. The author has to decide: a retry would spend as many again.
     """
-    if not tally.is_stopped:
+    if tally.stopped_by is None:
         return
     spent = tally.engine["prompt_tokens"] + tally.engine["completion_tokens"]
     of = f" of {total:,}" if total is not None else ""
+    bound = getattr(spec, tally.stopped_by)
     raise SpecError(
-        f"max_tokens_total: {spent:,} tokens are spent, of {spec.max_tokens_total:,} that an attempt may spend; "
+        f"{tally.stopped_by}: an attempt may spend {bound:,}, and has; it took {spent:,} tokens. "
         f"{sum(tally.blocks.values()):,}{of} rows are done, {tally.quarantined:,} of them failed. What was answered "
-        f"stays in {spec.output}. For the rest, clear the task, with a larger max_tokens_total or the same."
+        f"stays in {spec.output}. For the rest, clear the task, with a larger {tally.stopped_by} or the same."
     )
 
 

@@ -54,7 +54,12 @@ Tell = Callable[[Progress, bool], None]
 
 
 def infer(
-    spec: BatchSpec, ref: EngineRef, say: Say, redeploy: EngineSpec | None = None, tell: Tell | None = None
+    spec: BatchSpec,
+    ref: EngineRef,
+    say: Say,
+    redeploy: EngineSpec | None = None,
+    tell: Tell | None = None,
+    price: float | None = None,
 ) -> BatchReport:
     """Answer every row of the source and return the report; the output's manifest is written last.
 
@@ -66,12 +71,15 @@ def infer(
         say: receives progress lines.
         redeploy: the engine's spec, to deploy it again if it is gone.
         tell: receives the progress every ten seconds, and whether it is time for a line in the task's log.
+        price: of a GPU for an hour, for ``max_cost``.
 
     Raises:
         EngineError: the engine is gone or failed.
         BatchError: the source, its columns, the output, or more failed rows than the budget.
+        SpecError: what it may spend is spent, or cannot be counted.
     """
     spec.require_task(ref.task)
+    seconds = spec.paid_seconds(ref.gpus, price)
     tally = Tally()
     ref = with_vector_size(spec, ref, say)
 
@@ -81,7 +89,7 @@ def infer(
         status.wait_until_running(ref, spec.engine_timeout, say)
         with status.explained(ref.application):
             _require_cpus(work.stages * STAGE_CPUS)
-            yield from _blocks(work)
+            yield from _blocks(replace(work, seconds=seconds))
 
     def line(progress: Progress, due: bool) -> None:
         if due:

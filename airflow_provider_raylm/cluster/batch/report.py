@@ -31,12 +31,14 @@ COUNTS = pa.schema(
         *((name, pa.int64()) for name in ENGINE_COUNTS),
         ("failures", pa.list_(pa.string())),
         ("message", pa.string()),
-        ("stopped", pa.bool_()),
+        ("stopped", pa.string()),
     ]
 )
 
-STOPPED = {"stopped": True}
-"""Comes after a stage's last block when its tokens are spent and blocks are left."""
+
+def stopped(field: str) -> dict[str, Any]:
+    """Return what comes after a stage's last block when blocks are left, because what *field* allows is spent."""
+    return {"stopped": field}
 
 
 def count_block(block: Written, answered: Answered) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class Tally:
         kept: rows of this run's blocks that an earlier attempt had answered.
         engine: what the engine was paid for, by the names of ``ENGINE_COUNTS``.
         message: what the first failed row met with.
-        is_stopped: whether a stage has left blocks because its tokens are spent.
+        stopped_by: the field by which a stage has left blocks: what it allows is spent.
     """
 
     total: int | None = None
@@ -78,12 +80,12 @@ class Tally:
     engine: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
     message: str = ""
-    is_stopped: bool = False
+    stopped_by: str | None = None
 
     def add(self, block: dict[str, Any]) -> None:
-        """Add what ``count_block`` returned, or ``STOPPED``."""
+        """Add what ``count_block`` or ``stopped`` returned."""
         if block.get("stopped"):
-            self.is_stopped = True
+            self.stopped_by = block["stopped"]
             return
         self.blocks[block["block"]] = block["rows"]
         self.kept += block["kept"]

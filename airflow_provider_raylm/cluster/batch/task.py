@@ -12,14 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from airflow_provider_raylm.cluster.batch.budget import Allowance, require_budget, require_hope, require_tokens
+from airflow_provider_raylm.cluster.batch.budget import Allowance, require_allowance, require_budget, require_hope
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.identity import task_fingerprint
 from airflow_provider_raylm.cluster.batch.loop import in_threads
 from airflow_provider_raylm.cluster.batch.output import Output, Parts, Progress
 from airflow_provider_raylm.cluster.batch.plan import Plan, make_plan
 from airflow_provider_raylm.cluster.batch.reader import read_blocks
-from airflow_provider_raylm.cluster.batch.report import ENGINE_COUNTS, STOPPED, Tally, count_block
+from airflow_provider_raylm.cluster.batch.report import ENGINE_COUNTS, Tally, count_block, stopped
 from airflow_provider_raylm.cluster.batch.rows import EngineTraits
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer, answer_schema
 from airflow_provider_raylm.cluster.batch.window import Window, in_order
@@ -47,6 +47,7 @@ class Work:
         progress: what is done already.
         stage: the number of the stage that works on it, of ``stages``.
         surroundings: what the stage's process enters.
+        seconds: that it may take, for its ``max_cost``; None for no bound.
     """
 
     spec: BatchSpec
@@ -56,6 +57,7 @@ class Work:
     progress: Progress
     stage: int = 0
     surroundings: Surroundings = field(default_factory=entered)
+    seconds: float | None = None
 
     @property
     def stages(self) -> int:
@@ -93,7 +95,7 @@ def answer_source(
 
     Raises:
         BatchError: the source, its columns, the output, or more failed rows than the budget.
-        SpecError: the tokens are spent that it may spend.
+        SpecError: the tokens or the money are spent that it may spend.
     """
     started = time.monotonic()
     plan = plan_of(spec, say)
@@ -117,7 +119,7 @@ def answer_source(
         for block in blocks:
             tally.add(block)
             require_hope(spec, total, tally)
-    require_tokens(spec, total, tally)
+    require_allowance(spec, total, tally)
     if total is not None and (read := sum(tally.blocks.values())) != total:
         raise BatchError(f"{read} rows were read, but the source has {total}; the output is not complete.")
     report = _report(spec, ref, mark, tally, done, time.monotonic() - started)
@@ -130,10 +132,10 @@ def answer_source(
 async def answer_blocks(work: Work, answerer: BlockAnswerer, window: Window) -> AsyncGenerator[dict[str, Any]]:
     """Read, answer and write the blocks that are not done; yield each one's counts, in the source's order.
 
-    The last is ``STOPPED`` if the tokens are spent and blocks are left.
+    The last is ``stopped`` if blocks are left because what it may spend is spent.
     """
     most = work.spec.max_tokens_total
-    allowance = Allowance(None if most is None else most / work.stages)
+    allowance = Allowance(None if most is None else most / work.stages, work.seconds)
 
     async def answer(block: tuple[str, pa.Table]) -> dict[str, Any]:
         name, rows = block
@@ -149,8 +151,8 @@ async def answer_blocks(work: Work, answerer: BlockAnswerer, window: Window) -> 
     async with aclosing(in_order(answer, blocks, window, lambda block: block[1].nbytes)) as counts:
         async for one in counts:
             yield one
-    if allowance.is_over:
-        yield STOPPED
+    if allowance.over is not None:
+        yield stopped(allowance.over)
 
 
 def _report(spec: BatchSpec, ref: EngineRef, mark: str, tally: Tally, done: int, seconds: float) -> BatchReport:

@@ -1,11 +1,11 @@
-"""What becomes of a task whose tokens are spent before its rows are done."""
+"""What becomes of a task whose tokens or money are spent before its rows are done."""
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from airflow_provider_raylm.cluster.batch.budget import Allowance, require_tokens
-from airflow_provider_raylm.cluster.batch.report import COUNTS, STOPPED, Tally
+from airflow_provider_raylm.cluster.batch.budget import Allowance, require_allowance
+from airflow_provider_raylm.cluster.batch.report import COUNTS, Tally, stopped
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.naming import fingerprint
 from airflow_provider_raylm.specs import BatchSpec
@@ -31,9 +31,7 @@ def written(fields):
 def test_it_stops_in_good_order_and_goes_on(fields):
     """What was begun is written; the text says how far it came, and the next attempt does the rest."""
     bounded = BatchSpec(**fields, max_tokens_total=40 * TOKENS)
-    with pytest.raises(
-        SpecError, match=r"of 200 that an attempt may spend; \d+ of 100 rows are done, 0 of them.*clear"
-    ):
+    with pytest.raises(SpecError, match=r"may spend 200, and has; .* \d+ of 100 rows are done, 0 of them.*clear"):
         attempt(bounded)
     first = written(fields)
     # Two blocks are in flight at a time, of which nothing is known before one has ended.
@@ -70,7 +68,7 @@ def test_what_is_under_way_counts(fields):
     # 29 of 10 rows make 87 of the 30 that are begun.
     next(blocks)
     assert list(blocks) == []
-    assert allowance.is_over
+    assert allowance.over == "max_tokens_total"
     assert len(list(Allowance(None).within(iter([block] * 9)))) == 9
 
 
@@ -78,14 +76,41 @@ def test_a_stage_says_that_it_has_stopped(fields):
     """The driver fails the task then, whether or not the source tells how many rows it has."""
     spec = BatchSpec(**fields, max_tokens_total=10)
     tally = Tally()
-    require_tokens(spec, None, tally)
+    require_allowance(spec, None, tally)
     # As it comes through Ray Data.
-    (told,) = pa.Table.from_pylist([STOPPED], schema=COUNTS).to_pylist()
+    (told,) = pa.Table.from_pylist([stopped("max_tokens_total")], schema=COUNTS).to_pylist()
     tally.add(told)
     with pytest.raises(SpecError, match="0 rows are done"):
-        require_tokens(spec, None, tally)
+        require_allowance(spec, None, tally)
 
 
 def test_no_tokens_are_no_bound(fields):
     with pytest.raises(SpecError, match="max_tokens_total"):
         BatchSpec(**fields, max_tokens_total=0)
+
+
+def test_money_is_time_on_the_engines_gpus():
+    """At the connection's price, for all replicas; without a price or a GPU it cannot be counted."""
+    spec = BatchSpec(source="in", output="out", prompt="x", max_cost=6)
+
+    assert spec.paid_seconds(gpus=4, price=3) == 1800
+    assert BatchSpec(source="in", output="out", prompt="x").paid_seconds(4, None) is None
+    with pytest.raises(SpecError, match="no price_per_gpu_hour"):
+        spec.paid_seconds(4, None)
+    with pytest.raises(SpecError, match="no GPU"):
+        spec.paid_seconds(0, 3)
+
+
+def test_no_block_is_begun_when_the_time_is_over():
+    """Those that are begun end as they would."""
+    now = 0.0
+    block = ("name", pa.table({"a": range(10)}))
+    allowance = Allowance(None, seconds=60, clock=lambda: now)
+    blocks = allowance.within(iter([block] * 9))
+    next(blocks)
+    now = 59.9
+    next(blocks)
+    now = 60.0
+
+    assert list(blocks) == []
+    assert allowance.over == "max_cost"
