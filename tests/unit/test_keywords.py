@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 from airflow.sdk import BaseOperator
@@ -63,7 +64,8 @@ def test_a_users_dag_is_checked(tmp_path):
 
     assert errors == ""
     lines = re.findall(r"^(.+\.py):(\d+): error: (.+)$", found, re.M)
-    assert {name for name, *_ in lines} == {str(wrong)}, found
+    # An error that mypy remembers has the path of an earlier run.
+    assert {Path(name).name for name, *_ in lines} == {wrong.name}, found
     expected = [number for number, line in enumerate(WRONG.splitlines(), 1) if re.search(r"  # \w+$", line)]
     assert expected == sorted({int(number) for _, number, _ in lines}), found
     for number in expected:
