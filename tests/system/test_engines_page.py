@@ -68,6 +68,17 @@ def log_in(driver, airflow, name):
     until(lambda: "Ray LM engines" in text(driver), 60)
 
 
+def card(driver):
+    """Return what the page shows of the run's engine, or None; the cluster has others."""
+    cards = driver.find_elements("css selector", ".engine")
+    return next((one for one in cards if "paged" in one.text), None)
+
+
+def button(driver):
+    """Return the button that stops it."""
+    return card(driver).find_element("css selector", ".danger")
+
+
 def text(driver, selector="body"):
     return driver.find_element("css selector", selector).text
 
@@ -98,15 +109,14 @@ def test_who_is_not_logged_in_is_told_nothing(airflow):
 def test_who_may_only_look_follows_the_progress_and_stops_nothing(airflow, at_work, driver):
     """The engine with its owner; rows go up without reloading; the button does nothing, nor does the request."""
     log_in(driver, airflow, "looker")
-    until(lambda: "paged" in text(driver, ".engine"), 180)
-    assert at_work in text(driver, ".owner")
+    until(lambda: card(driver), 180)
+    assert at_work in card(driver).find_element("css selector", ".owner").text
     assert INSTALLATION not in text(driver)
     first = until(lambda: rows_done(driver), 180)
     driver.execute_script("window.marked = true")
     until(lambda: rows_done(driver) > first, 60)
     assert driver.execute_script("return window.marked") is True
-    button = driver.find_element("css selector", ".engine .danger")
-    assert not button.is_enabled()
+    assert not button(driver).is_enabled()
     driver.find_element("css selector", ".task button").click()
     until(lambda: driver.find_elements("css selector", ".panel svg polyline"))
     picture(driver, "airflow-at-work")
@@ -117,7 +127,7 @@ def test_who_may_only_look_follows_the_progress_and_stops_nothing(airflow, at_wo
         fetch("api/stop", {method: "POST", headers, body: JSON.stringify({conn_id, application, on_busy: "delete"})})
           .then((answer) => done(answer.status));
     """
-    application = driver.find_element("css selector", ".engine").get_attribute("data-key")
+    application = card(driver).get_attribute("data-key")
     assert driver.execute_async_script(asked, CONNECTION, application) == 403
     assert [message for message in errors(driver) if "403" not in message] == []
 
@@ -125,19 +135,19 @@ def test_who_may_only_look_follows_the_progress_and_stops_nothing(airflow, at_wo
 def test_an_admin_stops_the_engine(airflow, at_work, scene, driver):
     """Having been asked; it is shown as stopping until it is gone, and Airflow's audit log says who did it."""
     log_in(driver, airflow, "admin")
-    until(lambda: "paged" in text(driver, ".engine"), 180)
-    until(lambda: driver.find_element("css selector", ".engine .danger").is_enabled())
-    driver.find_element("css selector", ".engine .danger").click()
+    until(lambda: card(driver), 180)
+    until(lambda: button(driver).is_enabled())
+    button(driver).click()
     until(lambda: driver.find_element("id", "confirm").is_displayed())
     picture(driver, "airflow-confirm")
     if driver.find_element("id", "confirm-wait").is_displayed():
         driver.find_element("id", "confirm-wait").click()
     driver.find_element("id", "confirm-yes").click()
-    until(lambda: text(driver, ".engine .danger") == "Stopping…")
+    until(lambda: button(driver).text == "Stopping…")
     picture(driver, "airflow-stopping")
     until(lambda: not scene.engines(), 120)
-    until(lambda: "No engine is up on this cluster" in text(driver), 60)
-    picture(driver, "airflow-empty")
+    until(lambda: card(driver) is None, 60)
+    picture(driver, "airflow-stopped")
 
     (noted,) = airflow.call("GET", "/eventLogs?event=raylm_stop_engine")["event_logs"]
     assert (noted["owner"], noted["run_id"]) == ("admin", at_work)
