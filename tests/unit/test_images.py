@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Barrier, Thread
 
@@ -23,7 +25,7 @@ PART = {"type": "image_url", "image_url": {"url": "${photo}"}}
 
 
 class Server(BaseHTTPRequestHandler):
-    """Has one image, one that moved, and one that is there from the third time on."""
+    """Has one image, one that moved, one that is there from the third time on, and one that never ends."""
 
     asked = 0
 
@@ -35,6 +37,11 @@ class Server(BaseHTTPRequestHandler):
         if status == 302:
             self.send_header("Location", "/photo")
         self.end_headers()
+        with suppress(OSError):
+            while self.path == "/dripping":
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.02)
         self.wfile.write(CONTENT if status == 200 else b"")
 
     def log_message(self, *args):
@@ -126,6 +133,14 @@ def test_a_bad_image_is_its_rows_fault(site, value, words):
     with pytest.raises(RowError, match=words) as error:
         image_address(value.format(site=site) if isinstance(value, str) else value, media)
     assert error.value.refusal.reason == "invalid_image"
+
+
+def test_an_image_that_never_ends_is_given_up(site, monkeypatch):
+    """However small it stays: a byte now and then keeps every other time from running out."""
+    monkeypatch.setattr(images, "DOWNLOAD_S", 0.2)
+
+    with pytest.raises(RowError, match="did not come within 0.2 s"):
+        image_address(f"{site}/dripping", Media(allowed=[site]))
 
 
 def test_a_storage_that_refuses_is_no_rows_fault(tmp_path):

@@ -19,6 +19,8 @@ from airflow_provider_raylm.specs import Media
 # Images of a block that are fetched at a time.
 AT_A_TIME = 16
 TIMEOUT_S = 30.0
+# A server may send a byte now and then for ever, and each within the time that is allowed for one.
+DOWNLOAD_S = 120.0
 # A server that is busy is asked again after so many seconds.
 PAUSES_S = (1.0, 4.0)
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -104,9 +106,12 @@ def _downloaded(address: str, media: Media) -> bytes:
 
 def _body(parts: Any, media: Media) -> bytes:
     content = bytearray()
+    end = time.monotonic() + DOWNLOAD_S
     for part in parts:
         content += part
         _require_size(len(content), media)
+        if time.monotonic() > end:
+            raise _bad(f"it did not come within {DOWNLOAD_S:g} s")
     return bytes(content)
 
 
