@@ -16,6 +16,7 @@ from airflow_provider_raylm.cluster.engine.llm import PLACEMENT, llm_config, llm
 from airflow_provider_raylm.cluster.engine.resources import bundles, shortage
 from airflow_provider_raylm.cluster.surroundings import Surroundings
 from airflow_provider_raylm.errors import EngineError
+from airflow_provider_raylm.naming import fingerprint
 from airflow_provider_raylm.specs import EngineRef, EngineSpec, Labels, Lease
 
 GPU_NODE = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H100": 1.0, "memory": 1e9}
@@ -44,6 +45,22 @@ def until(condition, timeout=5):
 
 def spec(**fields):
     return EngineSpec(name="e", model="m", **fields)
+
+
+def test_an_engine_that_was_created_this_moment_is_adopted(monkeypatch):
+    """Serve shows no deployment of it yet; one whose application never gets any is somebody else's."""
+    mark = fingerprint(spec())
+    there = [{}, {}, {f"lease-{mark}": None, "engine": None}]
+
+    def found(name):
+        return SimpleNamespace(status=ApplicationStatus.DEPLOYING, deployments=there.pop(0) if there else {})
+
+    monkeypatch.setattr(applications, "status_of", found)
+    monkeypatch.setattr(applications, "POLL_PERIOD_S", 0.01)
+    monkeypatch.setattr(applications, "DEPLOYMENTS_TIMEOUT_S", 0.1)
+    assert deploy._settle("a", spec(), mark, replace=False, say=print) is True
+    with pytest.raises(EngineError, match=r"running with another spec \(fingerprint None"):
+        deploy._settle("a", spec(), mark, replace=False, say=print)
 
 
 def test_an_engine_that_comes_back_is_waited_for(monkeypatch):

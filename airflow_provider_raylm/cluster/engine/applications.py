@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 
 from ray import serve
-from ray.serve.schema import ApplicationStatusOverview, ReplicaState
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
 from ray.util import placement_group_table
 
 from airflow_provider_raylm.naming import ENGINE_DEPLOYMENT, LEASE_DEPLOYMENT
 
 POLL_PERIOD_S = 1.0
+# Serve's controller makes an application's deployments at its next look, which a busy machine delays.
+DEPLOYMENTS_TIMEOUT_S = 60.0
 
 
 def every() -> dict[str, ApplicationStatusOverview]:
@@ -21,6 +23,19 @@ def every() -> dict[str, ApplicationStatusOverview]:
 def status_of(name: str) -> ApplicationStatusOverview | None:
     """Return an application's status, or None when it is not there."""
     return every().get(name)
+
+
+def settled_status_of(name: str) -> ApplicationStatusOverview | None:
+    """Return an application's status once it has deployments: for a moment after it was created it has none.
+
+    One that never gets any, because it could not be built, is returned without them.
+    """
+    end = time.monotonic() + DEPLOYMENTS_TIMEOUT_S
+    while (status := status_of(name)) is not None:
+        if status.deployments or status.status != ApplicationStatus.DEPLOYING or time.monotonic() >= end:
+            break
+        time.sleep(POLL_PERIOD_S / 2)
+    return status
 
 
 def fingerprint_of(status: ApplicationStatusOverview) -> str | None:

@@ -133,7 +133,7 @@ def _start_serve() -> None:
 
 def _settle(name: str, spec: EngineSpec, mark: str, replace: bool, say: Say) -> bool:
     """Make the name ours: return True when an equal engine holds it, False when it is free."""
-    status = applications.status_of(name)
+    status = applications.settled_status_of(name)
     if status is None:
         return False
     holder = applications.fingerprint_of(status)
