@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from airflow_provider_raylm.cluster.engine.lease import CHECK_PERIOD_S, WORKING_S
+from airflow_provider_raylm.cluster.engine.lease import AWAITED_S, CHECK_PERIOD_S, WORKING_S
 from airflow_provider_raylm.errors import BatchError, EngineError, RayLMError
 from tests.chaos.marks import DEADLY, WITNESS
 from tests.chaos.quick_scaling import quickly_scaling
@@ -28,7 +28,6 @@ SCALED_S = 180
 POISONED_ROWS = 10_000
 SMALL_DISK = "128k"
 # Of an engine whose deploy is killed, and the seconds that its deploy, and any engine's teardown, take at least.
-HALF = {"deploy_timeout": 30, "lease": {"idle_timeout": 10, "max_lifetime": 3600}}
 DEPLOY_S = 10
 TEARDOWN_S = 8
 Fault = Callable[[Scene], Accounts]
@@ -351,14 +350,14 @@ def broken_model(scene):
 @fault
 def deploy_killed(scene):
     """Nobody is left to clean up but the lease."""
-    job = scene.cluster.start("deploy", scene.wanted("half", **HALF))
+    job = scene.cluster.start("deploy", scene.wanted("half"))
     started = time.monotonic()
     scene.until(lambda: scene.replica(application("half")), 60)
     time.sleep(scene.chance.uniform(0, DEPLOY_S))
     kill(scene.driver("deploy"))
     assert not end(scene, job)
     scene.until(scene.engines, 30)
-    scene.until(lambda: not scene.engines(), 120)
+    scene.until(lambda: not scene.engines(), 2 * AWAITED_S)
     return Accounts(recovery_s=time.monotonic() - started)
 
 

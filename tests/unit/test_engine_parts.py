@@ -365,6 +365,34 @@ def test_a_lease_that_was_restarted_does_not_count_the_time_before():
     assert keeper._renewed_at >= now
 
 
+def test_an_engine_that_nobody_waits_for_any_more_is_deleted(monkeypatch):
+    """Not one that was used, nor one whose lease was restarted, which does not know."""
+    asked = []
+    monkeypatch.setattr(lease.serve, "delete", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr(lease, "AWAITED_S", 0.2)
+    now = time.time()
+
+    def keeper(deployed_at):
+        bounds = {"idle_timeout": 60, "max_lifetime": 3600}
+        made = LeaseKeeper("raylm-e-1", LABELS, bounds, deployed_at, now + 600, None)
+        made._watch.stop(5)
+        return made
+
+    waiting, used, restarted = keeper(now), keeper(now), keeper(now - 1)
+    asyncio.run(used.renew())
+    time.sleep(0.15)
+    asyncio.run(waiting.awaited())
+    time.sleep(0.1)
+    waiting._delete_if_over()
+    assert asked == []
+    time.sleep(0.15)
+    for one in (used, restarted):
+        one._delete_if_over()
+    assert asked == []
+    waiting._delete_if_over()
+    assert asked == [("raylm-e-1",)]
+
+
 def test_an_engine_with_a_task_at_work_is_not_idle(monkeypatch):
     """However short its idle time is, beside the ten seconds after which a task renews."""
     asked = []

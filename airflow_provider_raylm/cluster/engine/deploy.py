@@ -23,6 +23,7 @@ from airflow_provider_raylm.cluster.engine.llm import SHUTDOWN_LOOK_S, llm_deplo
 from airflow_provider_raylm.cluster.engine.resources import Bundle, bundles, shortage, show, total
 from airflow_provider_raylm.cluster.engine.status import vector_size as _vector_size
 from airflow_provider_raylm.cluster.locks import held
+from airflow_provider_raylm.cluster.periodic import Periodic
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.inventory import reference
 from airflow_provider_raylm.naming import LEASE_DEPLOYMENT, application_name, fingerprint
@@ -31,6 +32,8 @@ from airflow_provider_raylm.specs import EngineRef, EngineSpec, Labels
 SAY_PERIOD_S = 30.0
 DELETE_TIMEOUT_S = 300.0
 TURN_TIMEOUT_S = 2 * DELETE_TIMEOUT_S
+AWAITED_PERIOD_S = 10.0
+BEGIN_ATTEMPTS = 3
 # No teardown may follow a redeployed engine; the tasks of a run that need it begin within minutes of each other.
 REDEPLOYED_IDLE_S = 300.0
 
@@ -64,10 +67,9 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say, owned: boo
             say(f"deploying {name}: model {spec.model}, {show(total(bundles(spec)))} per replica")
             with _deleted_on_failure(name):
                 _create(spec, ref)
-    with _deleted_on_failure(name) if owned or not adopted else nullcontext():
+    with _deleted_on_failure(name) if owned or not adopted else nullcontext(), _awaited(name):
         _wait_until_running(name, spec, started, say)
-    with suppress(leases.SilentLease):
-        leases.renew(name)
+    _begin_lease(name)
     seconds = time.monotonic() - started
     say(f"engine {name} is {'adopted' if adopted else 'up'} after {seconds:.0f} s")
     vector_size = _vector_size(ref) if spec.task == "embed" else 0
@@ -117,6 +119,30 @@ def _deleted_on_failure(name: str) -> Iterator[None]:
         serve.delete(name, _blocking=False)
         applications.wait_until_absent(name, DELETE_TIMEOUT_S)
         raise
+
+
+@contextmanager
+def _awaited(name: str) -> Iterator[None]:
+    """Tell the lease that somebody waits, which deletes the engine soon when this process is killed."""
+
+    def tell() -> None:
+        # It may not have started yet.
+        with suppress(leases.SilentLease):
+            leases.awaited(name)
+
+    telling = Periodic("raylm-awaited", "telling the lease who waits", AWAITED_PERIOD_S, tell, print)
+    try:
+        yield
+    finally:
+        telling.stop(0)
+
+
+def _begin_lease(name: str) -> None:
+    """Tell the lease that the engine is up; a task that uses it will, too, if that does not get through."""
+    for _ in range(BEGIN_ATTEMPTS):
+        with suppress(leases.SilentLease):
+            leases.renew(name)
+            return
 
 
 def _start_serve() -> None:

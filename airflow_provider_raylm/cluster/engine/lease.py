@@ -18,6 +18,9 @@ from airflow_provider_raylm.specs import BatchReport, EngineSeconds, EngineUsage
 CHECK_PERIOD_S = 5.0
 # A task renews every 10 seconds; one that missed three is dead.
 WORKING_S = 30.0
+# So does whoever waits until the engine is up. After so long a silence nobody does: the next attempt of a deploy takes
+# its time to begin.
+AWAITED_S = 60.0
 
 
 def expiry(bounds: Lease, deployed_at: float, renewed_at: float, now: float) -> str | None:
@@ -84,8 +87,10 @@ class LeaseKeeper:
         self._labels = Labels.model_validate(labels)
         self._bounds = Lease.model_validate(bounds)
         self._deployed_at = deployed_at
-        # One that Serve has restarted does not know when it was renewed last.
-        self._renewed_at = max(idle_from, time.time())
+        now = time.time()
+        # One that Serve has restarted does not know when it was renewed last, or whether the engine was up before.
+        self._renewed_at = max(idle_from, now)
+        self._awaited_at = now if now - deployed_at < AWAITED_S else None
         self._working: dict[tuple[str, str], float] = {}
         self._usage = EngineUsage()
         self._sheet = TimeSheet(deployed_at)
@@ -95,6 +100,10 @@ class LeaseKeeper:
     async def reconfigure(self, _ref: dict[str, Any]) -> None:
         """Take the engine's reference, which Serve shows to whoever looks for the engine, and do nothing with it."""
 
+    async def awaited(self) -> None:
+        """Take note that somebody waits until the engine is up; who is the first to know that it is calls ``renew``."""
+        self._awaited_at = time.time()
+
     async def renew(self, output: str | None = None, attempt: str = "") -> list[str]:
         """Begin the idle time anew, and return the outputs of the tasks that work; *output*'s is one of them.
 
@@ -103,6 +112,7 @@ class LeaseKeeper:
         self._renewed_at = time.time()
         self._sheet.advance(self._renewed_at, self._at_work(self._renewed_at))
         self._sheet.up()
+        self._awaited_at = None
         if output is not None:
             self._working[output, attempt] = self._renewed_at
         return self._at_work(self._renewed_at)
@@ -140,12 +150,18 @@ class LeaseKeeper:
         now = time.time()
         # A task renews every ten seconds, which an idle_timeout may be shorter than.
         renewed_at = now if self._at_work(now) else self._renewed_at
-        reason = expiry(self._bounds, self._deployed_at, renewed_at, now)
+        reason = expiry(self._bounds, self._deployed_at, renewed_at, now) or self._abandoned(now)
         if reason is not None and reason != self._said:
             _say(f"deleting {self._application}: {reason}")
         self._said = reason
         if reason is not None:
             serve.delete(self._application, _blocking=False)
+
+    def _abandoned(self, now: float) -> str | None:
+        """Return why an engine that nobody has used yet will not be, or None: whoever deployed it may have died."""
+        if self._awaited_at is None or now - self._awaited_at < AWAITED_S:
+            return None
+        return f"nobody has waited for the engine to start for {AWAITED_S:g} s"
 
 
 def _say(line: str) -> None:

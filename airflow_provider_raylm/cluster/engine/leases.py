@@ -43,6 +43,15 @@ def renew(application: str, output: str | None = None) -> tuple[str, ...]:
     return tuple(_ask_lease(application, "renew", output, _ATTEMPT) or ())
 
 
+def awaited(application: str) -> None:
+    """Say that somebody waits until the engine is up.
+
+    Raises:
+        SilentLease: it did not get through.
+    """
+    _ask_lease(application, "awaited")
+
+
 def release(application: str, output: str) -> None:
     """Say that the task that writes *output* has ended; if that does not get through, its silence will."""
     with suppress(SilentLease):
