@@ -3,7 +3,7 @@
 Reads {"model", "prompts", "chats", "max_tokens", "schema", "choice", "regex", "grammar"} from the file named
 first; writes answers to the second: to "prompts" and "chats"; "stops", pairs of sampling parameters that end
 answers early, and the answers to the prompts then; answers of the "schema", the "choice", the "regex" and the
-"grammar"; "budgets", of which each prompt has its own; "several" for each; and "kept", what else there is of an
+"grammar"; "own", with parameters of each prompt's own; "several" for each; and "kept", what else there is of an
 answer.
 """
 
@@ -53,7 +53,7 @@ def main(request: Path, answers: Path) -> None:
         )
         return texts(llm.generate(task["prompts"], parameters, use_tqdm=False))
 
-    budgets = [SamplingParams(**greedy | {"max_tokens": budget_of(i)}) for i in range(len(task["prompts"]))]
+    own = [SamplingParams(**own_of(i)) for i in range(len(task["prompts"]))]
     several = llm.generate(task["prompts"], SamplingParams(n=2, top_k=1, max_tokens=6), use_tqdm=False)
     kept = llm.generate(task["prompts"], SamplingParams(**greedy, logprobs=2), use_tqdm=False)
     found = {
@@ -64,7 +64,7 @@ def main(request: Path, answers: Path) -> None:
         "choice": typed(choice=task["choice"]),
         "regex": typed(regex=task["regex"]),
         "grammar": typed(grammar=task["grammar"]),
-        "budgets": texts(llm.generate(task["prompts"], budgets, use_tqdm=False)),
+        "own": texts(llm.generate(task["prompts"], own, use_tqdm=False)),
         "several": [[one.text for one in output.outputs] for output in several],
         "kept": [
             {
@@ -89,9 +89,20 @@ def texts(outputs):
     return [output.outputs[0].text for output in outputs]
 
 
-def budget_of(row):
-    """Return how many tokens a row may have, when each has its own budget."""
-    return 1 + row % 11
+def own_of(row):
+    """Return the sampling parameters of a row, when each has its own; one answer alone is possible."""
+    return {
+        "max_tokens": 1 + row % 11,
+        "temperature": row % 2 / 2,
+        "top_k": 1,
+        "top_p": (0.5, 1.0)[row // 2 % 2],
+        "min_p": (0.0, 0.1)[row // 3 % 2],
+        "stop": (["e", "t"], ["a"], ["no such"])[row % 3],
+        "presence_penalty": row % 5 / 4,
+        "frequency_penalty": row % 7 / 6,
+        "repetition_penalty": 1 + row % 4 / 4,
+        "ignore_eos": row % 2 == 0,
+    }
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 
 from airflow_provider_raylm.errors import BatchError
 from tests.integration.conftest import CHATS, CHOICE, GRAMMAR, MAX_TOKENS, REGEX, ROWS, SCHEMA
-from tests.offline import TYPED_TOKENS, budget_of
+from tests.offline import TYPED_TOKENS, own_of
 
 CUT_TOKENS = 12
 CUT = {"truncate_prompt_tokens": CUT_TOKENS, "truncation_side": "left"}
@@ -102,16 +102,16 @@ def test_an_answer_that_does_not_fit_is_asked_for_again(infer):
     assert report["completion_tokens"] >= 40
 
 
-def test_budgets_per_row_equal_offline_vllm(infer, texts, offline, tmp_path):
+def test_parameters_per_row_equal_offline_vllm(infer, texts, offline, tmp_path):
     """Rows of a block have their own; a bad one fails that row alone."""
-    budgets = pa.array([budget_of(i) for i in range(ROWS)] + [0, None, 10_000], pa.int64())
-    table = pa.table({"text": [*texts, "zero", "null", "beyond the context"], "budget": budgets})
-    (tmp_path / "in").mkdir()
-    pq.write_table(table, tmp_path / "in" / "0.parquet")
-    report, found = infer(source=str(tmp_path / "in"), max_tokens="${budget}")
+    bad = [{"max_tokens": 0}, {"max_tokens": None}, {"max_tokens": 10_000}, {"top_p": 1.5}]
+    own = [own_of(i) for i in range(ROWS)] + [{**own_of(0), **one} for one in bad]
+    table = pa.Table.from_pylist(own).append_column("text", pa.array(texts + [f"bad {one}" for one in bad]))
+    pq.write_table(table, tmp_path / "in.parquet")
+    report, found = infer(source=str(tmp_path / "in.parquet"), **{name: f"${{{name}}}" for name in own_of(0)})
 
-    assert [row["response"] for row in found] == offline["budgets"]
-    assert report["failures"] == {"invalid_parameter": 1, "null_value": 1, "invalid_request": 1}
+    assert [row["response"] for row in found] == offline["own"]
+    assert report["failures"] == {"invalid_parameter": 2, "null_value": 1, "invalid_request": 1}
 
 
 def test_conversations_equal_offline_vllm(infer, texts, offline, tmp_path):

@@ -18,8 +18,8 @@ AT_A_TIME = 8
 def fetch(adapters: Mapping[str, str], folder: str) -> dict[str, str]:
     """Return where each adapter lies on this node.
 
-    One on a path of the node stays there; one at a URI is copied below *folder*, where vLLM may read it as long as the
-    engine lives; a Hugging Face id is vLLM's own affair.
+    One on a path of the node stays there; one at a URI is copied below *folder*, where vLLM reads it; a Hugging Face id
+    is vLLM's own affair.
 
     Raises:
         EngineError: there is none.

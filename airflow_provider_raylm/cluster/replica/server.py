@@ -79,6 +79,9 @@ class BlockLLMServer(LLMServer):
             places = await asyncio.to_thread(adapters.fetch, engine.adapters, self._folder.name)
             await super().__init__(llm_config(engine, await asyncio.to_thread(adapters.engine_kwargs, places)))
             await adapters.load(self.engine._oai_models, places)
+            if "max_cpu_loras" not in engine.engine_kwargs:
+                # vLLM has all of them in memory: a replica that is killed leaves no copies on its node.
+                self._folder.cleanup()
         except Exception as error:
             reason = _reason(error)
             if "engine core" in reason.lower():
