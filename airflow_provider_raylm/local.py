@@ -112,6 +112,9 @@ def start(
         *(f"--node-ip-address={HOST}", "--port=0", f"--temp-dir={folder}"),
         *(f"--dashboard-host={HOST}", f"--dashboard-port={port}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
+        # It reads all logs ten times a second, for drivers that print what their workers do. This package's jobs do not
+        # print it, and the dashboard reads the files.
+        "--include-log-monitor=False",
         *([f"--num-cpus={cpus:g}"] if cpus is not None else []),
     ]
     with log.open("wb") as output:

@@ -23,12 +23,13 @@ REPOSITORY = Path(__file__).parents[1]
 _PORTS = iter(range(28265, 28300))
 
 # What vLLM on CPUs needs on a small machine without a network: threads that spin while they wait, or are bound to the
-# same cores as another engine's, starve the other processes; and Ray runs its workers at niceness 15, which puts the
-# engine behind whatever else the machine does.
+# same cores as another engine's, starve the other processes; Ray runs its workers at niceness 15, which puts the engine
+# behind whatever else the machine does; and Serve's controller looks at everything ten times a second.
 ENGINE_ENVIRON = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
     "RAY_worker_niceness": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
