@@ -52,11 +52,14 @@ check: venv
 unit: venv
 	$(RUN)/pytest tests/unit
 
-# Unit tests take what the others leave of the cores: these wait for Ray and Airflow a third of their time.
+# Three sessions at a time: one alone leaves the cores idle for a third of its time, in which it waits for Ray and
+# Airflow. Each has clusters, ports and folders of its own; the unit tests take what the others leave.
 test: venv
 	@mkdir -p build; nice -n 19 $(RUN)/pytest -p no:cacheprovider tests/unit > build/unit-tests.log 2>&1 & unit=$$!; \
-	$(RUN)/pytest tests/contract tests/integration tests/system; others=$$?; \
-	wait $$unit; units=$$?; cat build/unit-tests.log; exit $$((others || units))
+	$(RUN)/pytest -p no:cacheprovider tests/contract tests/system > build/system-tests.log 2>&1 & system=$$!; \
+	$(RUN)/pytest tests/integration; others=$$?; \
+	wait $$system; systems=$$?; wait $$unit; units=$$?; \
+	cat build/unit-tests.log build/system-tests.log; exit $$((others || systems || units))
 
 # What a worker runs, without Ray, on each supported Airflow; compat-3.1.8 is the oldest alone.
 compat: $(COMPAT)

@@ -5,10 +5,12 @@ import os
 import secrets
 import shlex
 import shutil
+import socket
 import tempfile
 import time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -19,8 +21,6 @@ from airflow_provider_raylm.polling import Watch
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient
 
 REPOSITORY = Path(__file__).parents[1]
-# Outside Ray's worker ports (10002 to 19999) and the kernel's own choices for clients (from 32768 on).
-_PORTS = iter(range(28265, 28300))
 
 # What vLLM on CPUs needs on a small machine without a network: threads that spin while they wait, or are bound to the
 # same cores as another engine's, starve the other processes; Ray runs its workers at niceness 15, which puts the engine
@@ -35,6 +35,26 @@ ENGINE_ENVIRON = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+# Outside Ray's worker ports (10002 to 19999) and the kernel's own choices for clients (from 32768 on).
+_FIRST_PORT, _LAST_PORT, _PORTS_EACH = 28260, 28900, 40
+# It is bound for as long as this process lives.
+_claim = socket.socket()
+
+
+@cache
+def _own_ports():
+    """Return ports that no other process takes: tests of several kinds run at the same time."""
+    for first in range(_FIRST_PORT, _LAST_PORT, _PORTS_EACH):
+        with suppress(OSError):
+            _claim.bind((local.HOST, first))
+            return iter(range(first + 1, first + _PORTS_EACH))
+    raise RuntimeError("all ports for tests are taken")
+
+
+def own_port():
+    """Return a port that nobody else has."""
+    return next(_own_ports())
 
 
 @dataclass
@@ -64,6 +84,28 @@ class Cluster:
     def logs(self):
         """The folder of Ray's logs."""
         return self.folder / "ray" / "session_latest" / "logs"
+
+    def processes(self, words=""):
+        """Return the processes of the cluster that have these words in their command line."""
+        members = set(local.session(self.leader))
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            # A job's driver leads a session of its own, below the head's.
+            with suppress(psutil.Error):
+                if process.info["cmdline"] and (process.pid in members or process.ppid() in members):
+                    members.add(process.pid)
+                    if words in " ".join(process.info["cmdline"]):
+                        found.append(process)
+        return found
+
+    def replicas(self, application):
+        """Return the processes of an engine's replicas."""
+        return self.processes(f"{application}:engine")
+
+    def engine_cores(self, application):
+        """Return the processes of vLLM's schedulers, children of the engine's replicas."""
+        children = [child for replica in self.replicas(application) for child in replica.children()]
+        return [child for child in children if "EngineCore" in " ".join(child.cmdline())]
 
     def listening_beyond_loopback(self):
         """Return (command line, port) of the head's processes that other machines could connect to."""
@@ -153,7 +195,7 @@ def ray_cluster(*, token=True, cpus=None, other_nodes=False):
     environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret} if secret else {"RAY_AUTH_MODE": "disabled"})
     environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"} if other_nodes else {}
     try:
-        started = local.start(folder / "ray", next(_PORTS), cpus=cpus, environ=environ)
+        started = local.start(folder / "ray", own_port(), cpus=cpus, environ=environ)
         yield Cluster(folder, started.dashboard_url, secret, environ)
     finally:
         local.stop(folder / "ray")

@@ -262,9 +262,7 @@ class Bench:
                 found[:] = [self.began.stat().st_ctime]
 
     def _engine_cores(self) -> list[psutil.Process]:
-        replica = f"{self.engine.get('application')}:engine"
-        replicas = [p for p in psutil.process_iter(["cmdline"]) if replica in " ".join(p.info["cmdline"] or ())]
-        return [child for one in replicas for child in one.children() if "EngineCore" in " ".join(child.cmdline())]
+        return self.cluster.engine_cores(self.engine["application"]) if self.engine else []
 
     def _session(self) -> int:
         return int(json.loads((self.cluster.folder / "ray" / "cluster.json").read_text())["pid"])

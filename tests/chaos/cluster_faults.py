@@ -65,7 +65,7 @@ def head_restarted(scene):
     with scene.accounted(batch, ROWS) as accounts:
         job = scene.start(batch)
         scene.at_a_random_moment(batch)
-        processes = scene.processes()
+        processes = scene.cluster.processes()
         _kill_session(scene.cluster.leader)
         died = time.monotonic()
         scene.until(lambda: not any(map(_is_alive, processes)), 60)

@@ -6,16 +6,14 @@ import os
 import random
 import signal
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import fsspec
 import httpx
-import psutil
 import pyarrow.parquet as pq
 
-from airflow_provider_raylm import local
 from airflow_provider_raylm.cluster.batch.window import Window
 from airflow_provider_raylm.errors import RayLMError
 from airflow_provider_raylm.naming import application_name
@@ -229,7 +227,7 @@ class Scene:
         return met
 
     def engine_core(self):
-        return next(p for p in self.replica().children() if "EngineCore" in " ".join(p.cmdline()))
+        return self.cluster.engine_cores(self.engine["application"])[0]
 
     def is_idle(self):
         """Return whether the engine computes nothing."""
@@ -247,23 +245,11 @@ class Scene:
 
     def replicas(self, application):
         """Return the processes of an engine's replicas."""
-        return [p for p in self.processes() if f"{application}:engine" in " ".join(p.info["cmdline"])]
+        return self.cluster.replicas(application)
 
     def process(self, words):
         """Return a process with these words in its command line, or None."""
-        return next((p for p in self.processes() if words in " ".join(p.info["cmdline"])), None)
-
-    def processes(self):
-        """Return the processes of the cluster."""
-        members = set(local.session(self.cluster.leader))
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            # A job's driver leads a session of its own, below the head's.
-            with suppress(psutil.Error):
-                if process.info["cmdline"] and (process.pid in members or process.ppid() in members):
-                    found.append(process)
-                    members.add(process.pid)
-        return found
+        return next(iter(self.cluster.processes(words)), None)
 
     def engines(self):
         """Return the applications that have come since the scene began, in whatever state, but for its own engine."""
@@ -281,12 +267,13 @@ class Scene:
 
     def strays(self):
         """Return vLLM processes that belong to no replica, and drivers and stages of no running job."""
-        replicas = [p for p in self.processes() if "ServeReplica" in " ".join(p.info["cmdline"])]
-        kept = {child.pid for replica in replicas for child in replica.children(recursive=True)}
+        kept = {
+            child.pid
+            for replica in self.cluster.processes("ServeReplica")
+            for child in replica.children(recursive=True)
+        }
         words = ("VLLM::", "airflow_provider_raylm.cluster infer", "AnswerAndWrite")
-        return [
-            p for p in self.processes() if p.pid not in kept and any(w in " ".join(p.info["cmdline"]) for w in words)
-        ]
+        return [process for word in words for process in self.cluster.processes(word) if process.pid not in kept]
 
 
 def airflow_environ(run_timeout_s=80):

@@ -5,7 +5,6 @@ import json
 import time
 
 import fsspec
-import psutil
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -227,7 +226,7 @@ def test_a_stage_that_dies_is_gone_on_with_by_a_retry(cluster, engine, infer, tm
 
     job = cluster.start("infer", {"engine": engine, "batch": {"prompt": "Say: ${text}", "temperature": 0, **task}})
     assert wait_for(parts, 120)
-    (stage,) = [process for process in psutil.process_iter(["cmdline"]) if is_stage(process)]
+    (stage,) = cluster.processes("AnswerAndWrite")
     stage.kill()
 
     with pytest.raises(EngineError, match="Retry the task"):
@@ -266,10 +265,6 @@ def test_an_engine_of_another_version_is_refused_at_once(cluster, engine, source
         assert time.monotonic() - started < 60
     finally:
         cluster.run("teardown", {"application": "raylm-old"})
-
-
-def is_stage(process):
-    return any("AnswerAndWrite" in part for part in process.info["cmdline"] or ())
 
 
 def wait_for(condition, timeout):

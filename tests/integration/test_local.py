@@ -9,9 +9,9 @@ import pytest
 from airflow_provider_raylm import local
 from airflow_provider_raylm.errors import ClusterError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
-from tests.clusters import Cluster
+from tests.clusters import Cluster, own_port
 
-PORT = 28264
+PORT = own_port()
 
 
 @pytest.fixture

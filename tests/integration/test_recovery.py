@@ -4,7 +4,6 @@ import random
 import time
 from contextlib import ExitStack, closing
 
-import psutil
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -12,20 +11,6 @@ import pytest
 from tests.chaos.scene import Scene
 
 ROWS = 4_000
-
-
-def replica(application):
-    """Return the process of the engine's replica."""
-    (found,) = [
-        p for p in psutil.process_iter(["cmdline"]) if f"{application}:engine" in " ".join(p.info["cmdline"] or ())
-    ]
-    return found
-
-
-def engine_core(application):
-    """Return the process of vLLM's scheduler, a child of the replica."""
-    (found,) = [p for p in replica(application).children() if "EngineCore" in " ".join(p.cmdline())]
-    return found
 
 
 def at_work(cluster, engine, folder, **fields):
@@ -40,12 +25,12 @@ def at_work(cluster, engine, folder, **fields):
     return batch, job
 
 
-@pytest.mark.parametrize("victim", [replica, engine_core])
+@pytest.mark.parametrize("victim", ["replicas", "engine_cores"])
 def test_rows_on_their_way_are_asked_again(cluster, engine, tmp_path, victim):
     """By the same attempt of the task; what was written before is not asked again."""
     batch, job = at_work(cluster, engine, tmp_path, max_tokens=8)
-    before = replica(engine["application"])
-    process = victim(engine["application"])
+    (before,) = cluster.replicas(engine["application"])
+    (process,) = getattr(cluster, victim)(engine["application"])
     family = [process, *process.children(recursive=True)]
     process.kill()
     nothing = {"delete": [], "max_age": None, "installation": "tests"}
@@ -55,12 +40,12 @@ def test_rows_on_their_way_are_asked_again(cluster, engine, tmp_path, victim):
     table = ds.dataset(str(tmp_path / "out"), format="parquet").to_table()
     assert sorted(table["text"].to_pylist()) == sorted(f"line {i}" for i in range(ROWS))
     assert (report["rows_written"], report["rows_quarantined"]) == (ROWS, 0)
-    assert replica(engine["application"]).pid != before.pid
+    assert [now.pid for now in cluster.replicas(engine["application"])] != [before.pid]
     assert info["working"] == [batch["output"]], "a teardown would not have waited for the task"
     assert not any(process.is_running() for process in family), "the dead engine left a process"
     assert all(pq.read_metadata(part).num_rows == 100 for part in (tmp_path / "out").glob("part-*"))
     # A killed engine core shows in Serve's status only at its next health check.
-    if victim is replica:
+    if victim == "replicas":
         assert any("the engine is not well" in line for line in said), said
 
 
