@@ -74,14 +74,14 @@ class BlockLLMServer(LLMServer):
         secret_env.load(engine.secret_env)
         log_starts = _log_sizes()
         self._callers = Callers()
-        self._folder = TemporaryDirectory(prefix="raylm-replica-")
+        self._copies = TemporaryDirectory(prefix="raylm-adapters-")
         try:
-            places = await asyncio.to_thread(adapters.fetch, engine.adapters, self._folder.name)
+            places = await asyncio.to_thread(adapters.fetch, engine.adapters, self._copies.name)
             await super().__init__(llm_config(engine, await asyncio.to_thread(adapters.engine_kwargs, places)))
             await adapters.load(self.engine._oai_models, places)
             if "max_cpu_loras" not in engine.engine_kwargs:
-                # vLLM has all of them in memory: a replica that is killed leaves no copies on its node.
-                self._folder.cleanup()
+                # vLLM has all of them in memory: a replica that is killed leaves nothing on its node.
+                self._copies.cleanup()
         except Exception as error:
             reason = _reason(error)
             if "engine core" in reason.lower():
@@ -203,8 +203,8 @@ class BlockLLMServer(LLMServer):
         client = getattr(getattr(self, "engine", None), "_engine_client", None)
         if client is not None:
             client.shutdown()
-        if hasattr(self, "_folder"):
-            self._folder.cleanup()
+        if hasattr(self, "_copies"):
+            self._copies.cleanup()
         await super().__del__()
 
 
