@@ -9,7 +9,7 @@ from typing import Any
 from ray import serve
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.cluster.batch.exchange import Answer, Content, Outcome, Part, Request
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Content, Outcome, Part, unpacked
 from airflow_provider_raylm.cluster.replica.admission import Admission, Enter
 from airflow_provider_raylm.cluster.replica.callers import Callers
 from airflow_provider_raylm.cluster.replica.serving import in_parts
@@ -38,9 +38,9 @@ class LightEngine:
 
     async def run_block(
         self,
-        *,
+        *pieces: bytes,
         question: str,
-        requests: list[Request],
+        rows: int,
         task: str,
         timeout: float | None,
         caller: Any = None,
@@ -49,8 +49,8 @@ class LightEngine:
     ) -> AsyncGenerator[Part]:
         fields = json.loads(question)["fields"]
         with self.callers.waiting(caller), self.admission.block(task, alone) as door:
-            rows = [partial(self.row, fields, request.content) for request in requests]
-            async with aclosing(in_parts(self.replica, rows, self.admission, door)) as parts:
+            block = [partial(self.row, fields, request.content) for request in unpacked(pieces)]
+            async with aclosing(in_parts(self.replica, block, self.admission, door)) as parts:
                 async for part in parts:
                     yield part
 

@@ -33,7 +33,7 @@ def numbered(number: int) -> str:
 class RowsRouter(RequestRouter):
     """Sends a block to the replica with the fewest rows in flight, and one that has a name to where the name is.
 
-    A block is a call with the keyword argument ``requests``, a list of its rows. With ``near``, a name, it goes to the
+    A block is a call with the keyword argument ``rows``, their number. With ``near``, a name, it goes to the
     replica that the name went to before, or to the one that it numbers, unless that has more than twice as many rows
     as the one with the fewest. Other calls go to any replica that is well.
 
@@ -58,7 +58,7 @@ class RowsRouter(RequestRouter):
         """Return the replicas one by one, the one to be taken first; Serve takes the next if it cannot have one."""
         now = self._get_curr_time_s()
         self._forget_choices(now - CHOICE_KEPT_S)
-        rows = len(_argument(pending_request, "requests") or ())
+        rows = _argument(pending_request, "rows") or 0
         order = random.sample(candidate_replicas, len(candidate_replicas))
         order.sort(key=lambda replica: self._load(replica.replica_id))
         home = self._home(_argument(pending_request, "near"), order)
@@ -102,7 +102,7 @@ class RowsRouter(RequestRouter):
     def _place(self, pending_request: PendingRequest, replica_id: ReplicaID) -> None:
         request_id = pending_request.metadata.internal_request_id
         self._forget(request_id)
-        rows = len(_argument(pending_request, "requests") or ())
+        rows = _argument(pending_request, "rows") or 0
         self._calls[request_id] = replica_id, rows
         self._rows_at[replica_id] += rows
         near = _argument(pending_request, "near")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray import serve
 
-from airflow_provider_raylm.cluster.batch.exchange import Answer, Part, Request
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Part, unpacked
 from tests.light_engine import LightEngine
 
 
@@ -16,9 +16,9 @@ class NullEngine(LightEngine):
     def __init__(self) -> None:
         super().__init__(capacity=1024)
 
-    async def run_block(self, *, question: str, requests: list[Request], **_: Any) -> AsyncGenerator[Part]:
+    async def run_block(self, *pieces: bytes, question: str, **_: Any) -> AsyncGenerator[Part]:
         answer = Answer("nothing", "stop", 1, json.loads(question)["fields"]["max_tokens"])
-        yield Part(self.replica, begun=True, outcomes=[(number, answer) for number in range(len(requests))])
+        yield Part(self.replica, begun=True, outcomes=[(number, answer) for number in range(len(unpacked(pieces)))])
 
 
 def main(application: str) -> None:

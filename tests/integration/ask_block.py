@@ -7,15 +7,16 @@ from pathlib import Path
 
 from ray import serve
 
-from airflow_provider_raylm.cluster.batch.exchange import Request
+from airflow_provider_raylm.cluster.batch.exchange import Request, packed
 
 
 def main(deployment: str, application: str, folder: str) -> None:
     block = json.loads((Path(folder) / "block.json").read_text())
     handle = serve.get_deployment_handle(deployment, application)
     parts = handle.options(stream=True).run_block.remote(
+        *packed([Request(*request) for request in block["requests"]]),
         question=json.dumps(block["question"]),
-        requests=[Request(*request) for request in block["requests"]],
+        rows=len(block["requests"]),
         task="test",
         timeout=60.0,
     )

@@ -31,11 +31,11 @@ class FixedTimeEngine:
         self.me = {"replica": serve.get_replica_context().replica_id.unique_id, "pid": os.getpid()}
         self.free = asyncio.Lock()
 
-    async def run_block(self, *, question, requests, near=None):
+    async def run_block(self, *, question, rows, near=None):
         yield self.me
         async with self.free:
             await asyncio.sleep(BLOCK_S)
-        yield len(requests)
+        yield rows
 
     async def ping(self):
         return self.me
@@ -48,7 +48,7 @@ def deploy(replicas, router):
 
 def block(handle, near=None, rows=10):
     """Ask a block and return (who answered, whether it failed)."""
-    stream = handle.options(stream=True).run_block.remote(question="{}", requests=["text"] * rows, near=near)
+    stream = handle.options(stream=True).run_block.remote(question="{}", rows=rows, near=near)
     who = None
     try:
         who = next(stream)

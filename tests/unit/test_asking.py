@@ -9,7 +9,7 @@ from ray.serve.exceptions import RayServeException
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.cluster.batch import asking
 from airflow_provider_raylm.cluster.batch.asking import Engine, Handle, once
-from airflow_provider_raylm.cluster.batch.exchange import Answer, Part, Refusal
+from airflow_provider_raylm.cluster.batch.exchange import Answer, Part, Refusal, Request, packed, unpacked
 from airflow_provider_raylm.cluster.batch.recovery import EngineFailure
 from airflow_provider_raylm.cluster.engine import status
 from airflow_provider_raylm.errors import BatchError, EngineError
@@ -50,8 +50,8 @@ class Deployment:
     def options(self, stream):
         return self
 
-    def remote(self, **request):
-        self.request = request
+    def remote(self, *pieces, **request):
+        self.request = {**request, "requests": unpacked(pieces)}
         return self.response
 
     def broadcast(self, method):
@@ -88,6 +88,7 @@ async def test_a_block_comes_in_parts():
     assert deployment.request == {
         "question": "{}",
         "requests": ["a"],
+        "rows": 1,
         "alone": True,
         "near": "here",
         "task": "/out",
@@ -95,6 +96,17 @@ async def test_a_block_comes_in_parts():
         "caller": "me",
     }
     assert not deployment.response.cancelled
+
+
+@pytest.mark.parametrize(("characters", "pieces"), [(10, 1), (1_000, 3), (40_000, 1)])
+def test_a_block_travels_in_the_call_if_it_can(characters, pieces):
+    """In arguments that Ray does not put into its object store, of which a call cannot have any number."""
+    requests = [Request(f"{i}: {'ü' * characters}", "{}") for i in range(128)]
+    found = packed(requests)
+
+    assert len(found) == pieces
+    assert pieces == 1 or max(map(len, found)) < 100_000
+    assert unpacked(found) == requests
 
 
 @pytest.mark.parametrize(

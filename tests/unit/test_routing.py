@@ -62,7 +62,7 @@ class Calls:
     async def send(self, rows=None, near=None, **kwargs):
         """Send a call and return (the replica it went to, its id)."""
         if rows is not None:
-            kwargs |= {"requests": ["text"] * rows, "near": near}
+            kwargs |= {"rows": rows, "near": near}
         request = pending(kwargs)
         replica = await self.router._choose_replica_for_request(request)
         self.router.on_send_request(replica.replica_id)
@@ -212,7 +212,7 @@ async def test_a_call_that_was_cancelled_before_it_was_sent_is_forgotten():
 
 async def test_a_call_that_ends_before_serve_has_said_that_it_was_sent_leaves_nothing():
     calls = Calls("a")
-    request = pending({"requests": ["x"] * 5, "near": None})
+    request = pending({"rows": 5, "near": None})
     replica = await calls.router._choose_replica_for_request(request)
     calls.router.on_request_completed(replica.replica_id, request.metadata.internal_request_id)
     calls.router.on_request_routed(request, replica.replica_id, None)

@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.cluster.batch.exchange import Outcome, Part, Refusal, Request
+from airflow_provider_raylm.cluster.batch.exchange import Outcome, Part, Refusal, Request, packed
 from airflow_provider_raylm.cluster.batch.recovery import Answered, Ask, EngineFailure
 from airflow_provider_raylm.cluster.engine import status
 from airflow_provider_raylm.errors import BatchError, EngineError
@@ -82,7 +82,7 @@ class Handle:
         heard_at = 0.0
         ended = False
         response = self._stream.run_block.remote(
-            question=question, requests=list(requests), alone=alone, near=near, **self._shared
+            *packed(requests), question=question, rows=len(requests), alone=alone, near=near, **self._shared
         )
         try:
             while True:

@@ -23,7 +23,7 @@ from ray.llm._internal.serve.constants import ENV_VARS_TO_PROPAGATE
 from ray.serve.llm.deployment import LLMServer
 
 from airflow_provider_raylm import __version__
-from airflow_provider_raylm.cluster.batch.exchange import Part, Request
+from airflow_provider_raylm.cluster.batch.exchange import Part, unpacked
 from airflow_provider_raylm.cluster.engine.llm import hang_timeout, llm_config
 from airflow_provider_raylm.cluster.replica import adapters, secret_env
 from airflow_provider_raylm.cluster.replica.admission import Admission, Door
@@ -150,23 +150,24 @@ class BlockLLMServer(LLMServer):
 
     async def run_block(
         self,
-        *,
+        *pieces: bytes,
         question: str,
-        requests: list[Request],
+        rows: int,
         task: str,
         timeout: float | None,
         caller: Any = None,
         alone: bool = False,
         near: str | None = None,
     ) -> AsyncIterator[Part]:
-        """Answer one request per element of *requests*, in parts as the answers come.
+        """Answer requests, in parts as the answers come.
 
         A row that was refused, or ran out of its time, is a ``Refusal``. Cancelling the call aborts what is still
         running, and so does the caller's death.
 
         Args:
+            *pieces: what is each row's own, ``packed``.
             question: what the requests share, as JSON text with the kind of question it is.
-            requests: what is each row's own.
+            rows: how many requests there are; the request router's affair.
             task: whose rows they are; the engine's places are shared between tasks, not between rows.
             timeout: seconds that a row may be in the engine; None for as long as it gets tokens.
             caller: handle of the actor that waits for the answers.
@@ -178,9 +179,9 @@ class BlockLLMServer(LLMServer):
             BatchError: it refuses what the requests share.
         """
         with self._callers.waiting(caller), self._admission.block(task, alone) as door:
-            rows = await self._questions.rows(question, requests, timeout)
+            block = await self._questions.rows(question, unpacked(pieces), timeout)
             door = partial(self._proven, door) if alone else door
-            async with aclosing(in_parts(self._replica, rows, self._admission, door)) as parts:
+            async with aclosing(in_parts(self._replica, block, self._admission, door)) as parts:
                 try:
                     async for part in parts:
                         yield part
