@@ -40,8 +40,8 @@ def asking(ask):
     return asked
 
 
-def attempt(spec, ask=shouts, at_a_time=2, said=None, ref=REF, **kwargs):
-    """Run a task once, as a job does, and return its report."""
+def attempt(spec, ask=shouts, at_a_time=2, said=None, ref=REF, tally=None, **kwargs):
+    """Run a task once, as a job does, and return its report; *tally* is left with what it counted."""
     answerer = BlockAnswerer(spec, EngineTraits.of(ref), asking(ask))
     say = said.append if said is not None else lambda line: None
 
@@ -49,4 +49,4 @@ def attempt(spec, ask=shouts, at_a_time=2, said=None, ref=REF, **kwargs):
         block_rows = work.plan.block_rows
         return drained(lambda: answer_blocks(work, answerer, Window(at_a_time * block_rows, block_rows)))
 
-    return answer_source(spec, ref, blocks, say, Tally(), **kwargs)
+    return answer_source(spec, ref, blocks, say, tally or Tally(), **kwargs)

@@ -151,10 +151,16 @@ class Cluster:
                 log.warning("the log of Ray job %s cannot be read: %s", name, error)
                 return
             new = tuple(record for record in told if not known or record.at > known[-1].at)
-            self._histories[name] = (known + new)[-HISTORY:]
+            history = (known + new)[-HISTORY:]
+            # The first failed rows are those of the last record: all before it have the same, or fewer.
+            self._histories[name] = (*map(_without_rows, history[:-1]), *history[-1:])
 
         with ThreadPoolExecutor(TAILS_AT_A_TIME, thread_name_prefix="raylm-engines-page-log") as threads:
             list(threads.map(read, sorted(names, key=self._read_at.__getitem__)[:TAILS]))
+
+
+def _without_rows(record: Progress) -> Progress:
+    return record.model_copy(update={"failed_rows": ()}) if record.failed_rows else record
 
 
 def is_at_work(job: SeenJob) -> bool:

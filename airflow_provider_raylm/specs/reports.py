@@ -57,6 +57,18 @@ class BatchReport(Value):
         return self.completion_tokens / self.seconds if self.seconds else 0.0
 
 
+FAILED_ROWS = 5
+"""Failed rows that a job tells of while it works."""
+
+
+class FailedRow(Value):
+    """A row that failed, as its job tells of it where others may read: by its id, and by no other value that it has."""
+
+    row_id: str
+    reason: str
+    message: str = Field("", description="Empty where it may quote the row; the quarantine has it.")
+
+
 class Progress(Value):
     """How far a task is, as its job prints it while it works."""
 
@@ -65,6 +77,7 @@ class Progress(Value):
     rows: int = Field(0, ge=0, description="Rows that ended in this attempt, written or failed.")
     total: int | None = Field(None, description="Rows that this attempt has to answer; None while nobody knows.")
     failures: dict[str, int] = Field(default_factory=dict, description="Failed rows by reason.")
+    failed_rows: tuple[FailedRow, ...] = Field((), max_length=FAILED_ROWS, description="The first of them.")
     prompt_tokens: int = 0
     completion_tokens: int = 0
 

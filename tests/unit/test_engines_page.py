@@ -18,7 +18,7 @@ from airflow_provider_raylm.plugins import airflow_side, watching
 from airflow_provider_raylm.plugins.api import connect
 from airflow_provider_raylm.plugins.raylm import URL_PREFIX, RayLMPlugin
 from airflow_provider_raylm.polling import JobInfo, Refused
-from airflow_provider_raylm.specs import Labels
+from airflow_provider_raylm.specs import FailedRow, Labels
 from tests.conftest import REPOSITORY
 from tests.engines_page import HOSTILE, Cluster, page, record, silent, token
 
@@ -99,6 +99,20 @@ def test_a_tasks_history_is_there_at_once(viewer):
     browser.app.routes[-1].app.state.watch.cluster("ray_1").expire()
     assert [one["rows"] for one in browser.get("/raylm/api/job", params=ask).json()["history"]] == [10, 20, 30, 40]
     assert browser.get("/raylm/api/job", params={**ask, "job": "no-such"}).status_code == 404
+
+
+def test_the_first_failed_rows_come_with_the_last_record(viewer):
+    """Not with the list that everybody polls, nor with each of 240 records."""
+    cluster = Cluster()
+    rows = [FailedRow(row_id=f"row-{number}", reason="timeout", message="late") for number in range(3)]
+    told = [record(at, at, failures={"timeout": at}, failed_rows=rows[:at]) for at in (1, 2, 3)]
+    name = cluster.work(cluster.deploy(), records=told)
+    browser = viewer({"ray_1": cluster})
+    assert "row-0" not in browser.get("/raylm/api/engines").text
+    history = browser.get("/raylm/api/job", params={"conn_id": "ray_1", "job": name}).json()["history"]
+
+    assert [len(one["failed_rows"]) for one in history] == [0, 0, 3]
+    assert history[-1]["failed_rows"][0] == {"row_id": "row-0", "reason": "timeout", "message": "late"}
 
 
 def test_a_silent_cluster_slows_nobody(viewer, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from fastapi.responses import HTMLResponse
 
 from airflow_provider_raylm.plugins import airflow_side
+from airflow_provider_raylm.specs import FailedRow
 from tests.browser import chromium, errors, picture, until
 from tests.engines_page import HOSTILE, Cluster, page, record, served, silent, token
 
@@ -108,7 +109,15 @@ def test_hostile_text_is_text(show):
     cluster.work(
         ref,
         HOSTILE,
-        [record(time.time() - 10, 5, failures={HOSTILE: 3}), record(time.time(), 9, failures={HOSTILE: 3})],
+        [
+            record(time.time() - 10, 5, failures={HOSTILE: 3}),
+            record(
+                time.time(),
+                9,
+                failures={HOSTILE: 3},
+                failed_rows=[FailedRow(row_id=HOSTILE, reason=HOSTILE, message=HOSTILE)] * 3,
+            ),
+        ],
     )
     bad = silent()
     bad.error.args = (HOSTILE,)
@@ -116,6 +125,7 @@ def test_hostile_text_is_text(show):
     until(lambda: HOSTILE[:20] in text(driver, ".model"))
     click(driver, ".task button")
     until(lambda: driver.find_elements("css selector", ".panel svg polyline"))
+    until(lambda: len(driver.find_elements("css selector", ".failed-rows td")) == 9)
     click(driver, ".engine .danger")
     until(lambda: driver.find_element("id", "confirm").is_displayed())
     time.sleep(0.5)
@@ -125,8 +135,36 @@ def test_hostile_text_is_text(show):
     links = driver.execute_script("return Array.from(document.querySelectorAll('a[href]'), (one) => one.href)")
     assert links
     assert all(link.startswith(("http://127.0.0.1:", "http://fake-ray:8265/")) for link in links)
-    assert driver.find_element("css selector", ".model").get_attribute("textContent") == HOSTILE
+    for place in (".model", ".failed-rows td", ".failed-rows td + td", ".failed-rows td:last-child"):
+        assert driver.find_element("css selector", place).get_attribute("textContent") == HOSTILE
     assert errors(driver) == []
+
+
+def test_the_first_failed_rows_are_in_the_details(show):
+    """With what was said of each, where that is no row's; they stay as they are while there is no news of them."""
+    cluster = Cluster()
+    ref = cluster.deploy()
+    rows = [
+        FailedRow(row_id="00000-000000004", reason="null_value", message="column 'text' is null"),
+        FailedRow(row_id="00000-000000007", reason="invalid_request"),
+    ]
+    more = {"failures": {"null_value": 900, "invalid_request": 1}, "failed_rows": rows}
+    name = cluster.work(ref, records=[record(time.time() - 10, 950, 2000, **more)])
+    driver = show({"ray_1": cluster})
+    until(lambda: driver.find_elements("css selector", ".task button"))
+    assert not driver.find_element("css selector", ".failed-rows").is_displayed()
+    click(driver, ".task button")
+    until(lambda: "The first 2 of 901 failed rows" in text(driver, ".failed-rows"))
+    picture(driver, "failed-rows")
+    assert "00000-000000004 null_value column 'text' is null" in text(driver, ".failed-rows")
+    assert "00000-000000007 invalid_request may quote the row" in text(driver, ".failed-rows")
+    assert "raylm quarantine PATH" in text(driver, ".failed-rows")
+    driver.execute_script("document.querySelector('.failed-rows table').marked = true")
+    cluster.say(name, record(time.time(), 960, 2000, **more))
+    until(lambda: "960 of 2,000 rows" in text(driver, ".task"))
+    assert driver.execute_script("return document.querySelector('.failed-rows table').marked") is True
+    click(driver, ".task button")
+    assert not driver.find_element("css selector", ".failed-rows").is_displayed()
 
 
 def test_two_hundred_engines(show):

@@ -488,7 +488,7 @@ def test_a_progress_line_has_rows_rates_and_time_left():
     tally = Tally(total=100)
     engine = {**dict.fromkeys(ENGINE_COUNTS, 0), "prompt_tokens": 50, "completion_tokens": 40}
     counts = {"block": "0-0", "rows": 20, "kept": 0, "written": 18, **engine}
-    tally.add({**counts, "failures": ["timeout\t2"], "message": "late"})
+    tally.add({**counts, "failures": ["timeout\t2"], "failed_rows": [], "message": "late"})
 
     assert tally.line(10) == "20 of 100 rows, 2 failed, 2.0 rows/s, 4 tokens/s, 40 s left"
     tally.total = None

@@ -239,13 +239,14 @@ function makeTask() {
     rest: el("span"),
     more: el("button", "", "Details"),
     panel: el("div", "panel"),
+    failed: el("div", "failed-rows"),
   };
   parts.more.type = "button";
   parts.bar.setAttribute("aria-label", "Rows done");
   parts.more.addEventListener("click", () => togglePanel(root));
   parts.numbers.append(parts.rest, parts.failures);
   line.append(parts.name, parts.bar, parts.numbers, parts.more);
-  root.append(line, parts.panel);
+  root.append(line, parts.panel, parts.failed);
   root.parts = parts;
   return root;
 }
@@ -279,6 +280,7 @@ function updateTask(root, item) {
   const key = panelKey(item);
   parts.more.setAttribute("aria-expanded", String(panels.has(key)));
   parts.panel.hidden = !panels.has(key);
+  parts.failed.hidden = parts.panel.hidden || !parts.failed.hasChildNodes();
 }
 
 const panelKey = ({ connection, task }) => `${connection.conn_id} ${task.job}`;
@@ -319,6 +321,31 @@ async function fillPanel(root) {
     plot("Failed rows", history.map((record) => [record.at, failed(record)]), "bad"),
     about,
   );
+  const last = history[history.length - 1];
+  if (last) showFailedRows(root.parts.failed, last.failed_rows, failed(last));
+  updateTask(root, root.item);
+}
+
+function showFailedRows(box, rows, all) {
+  const key = JSON.stringify([rows, all]);
+  // Left alone where there is no news: somebody may be about to copy an id.
+  if (box.dataset.shown === key) return;
+  box.dataset.shown = key;
+  box.replaceChildren();
+  if (!rows.length) return;
+  const table = el("table");
+  const head = el("tr");
+  head.append(el("th", "", "Row id"), el("th", "", "Reason"), el("th", "", "Message"));
+  table.append(el("caption", "", all > rows.length ? `The first ${rows.length} of ${count(all)} failed rows` : "Failed rows"), head);
+  for (const row of rows) {
+    const line = el("tr");
+    line.append(el("td", "", row.row_id), el("td", "", row.reason), el("td", "", row.message || "may quote the row"));
+    line.lastChild.classList.toggle("quiet", !row.message);
+    table.append(line);
+  }
+  const where = el("p", "quiet", "Nothing that could quote a row is shown here. Rows with their whole messages are in the quarantine of the task's output: ");
+  where.append(el("code", "", "raylm quarantine PATH"));
+  box.append(table, where);
 }
 
 function plot(title, points, kind) {
