@@ -246,7 +246,8 @@ def task_view(job: SeenJob, history: Sequence[Progress], shown: bool, now: float
             "rows_per_s": rows,
             "tokens_per_s": tokens,
             "seconds_left": left / rows if left is not None and rows else None,
-            "failures": last.failures,
+            # How many failed anybody may know, of what only who sees the task.
+            "failures": last.failures if shown else {"failed": last.failed} if last.failed else {},
             "told_at": last.at,
         }
     )

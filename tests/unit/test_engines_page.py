@@ -245,14 +245,15 @@ def test_a_task_of_a_dag_that_one_may_not_read_has_no_name(viewer, monkeypatch):
     """On an engine that another DAG has lent it."""
     cluster = Cluster()
     ref = cluster.deploy()
-    name = cluster.work(ref, "borrowing", [record(10, 10)], dag_id="secret")
+    name = cluster.work(ref, "borrowing", [record(10, 10, failures={"timeout": 3})], dag_id="secret")
     browser = viewer({"ray_1": cluster})
     (task,) = listed(browser)["ray_1"]["engines"][0]["tasks"]
-    assert (task["dag_id"], task["task_id"]) == ("secret", "borrowing")
+    assert (task["dag_id"], task["task_id"], task["failures"]) == ("secret", "borrowing", {"timeout": 3})
     monkeypatch.setattr(airflow_side, "may_with_runs", lambda user, method, dag_id: dag_id != "secret")
     (task,) = listed(browser)["ray_1"]["engines"][0]["tasks"]
 
     assert (task["dag_id"], task["task_id"], task["job"], task["rows"]) == (None, None, "", 10)
+    assert task["failures"] == {"failed": 3}
     assert browser.get("/raylm/api/job", params={"conn_id": "ray_1", "job": name}).status_code == 404
 
 
