@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pandas.util import hash_array
 
+from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, Reading
 from airflow_provider_raylm.errors import BatchError
 
 # 64 MiB of hashes; more are sorted in files, each of which holds those that are alike modulo their number.
@@ -33,6 +34,26 @@ def is_id_type(kind: pa.DataType) -> bool:
     """Return whether values of this type can be ids."""
     kind = _value_type(kind)
     return _is_bytes(kind) or any(is_it(kind) for is_it in _TEXT_CASTS)
+
+
+def id_name(schema: pa.Schema, how: Reading) -> str | None:
+    """Return the column of a file that has its rows' ids, or None."""
+    return how.id_column or (ROW_ID if ROW_ID in schema.names else None)
+
+
+def require_id_type(uri: str, schema: pa.Schema, name: str) -> None:
+    """Refuse a column that cannot give ids.
+
+    Raises:
+        BatchError: it is not there, or of another type; the message names the file.
+    """
+    if name not in schema.names:
+        raise BatchError(f"{uri}: no column {name!r}, which id_column names; it has {', '.join(schema.names)}")
+    kind = schema.field(name).type
+    if not is_id_type(kind) and not pa.types.is_null(kind):
+        raise BatchError(
+            f"{uri}: the column {name!r} is of type {kind}, which cannot be an id; choose another id_column"
+        )
 
 
 def id_texts(uri: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from airflow_provider_raylm.cluster.batch.columns import check_columns, check_ids, one_schema
-from airflow_provider_raylm.cluster.batch.formats import id_name, inspect, tables
+from airflow_provider_raylm.cluster.batch.formats import inspect, tables
 from airflow_provider_raylm.cluster.batch.fragments import Fragment, Reading
-from airflow_provider_raylm.cluster.batch.ids import Seen
+from airflow_provider_raylm.cluster.batch.ids import Seen, id_name
 from airflow_provider_raylm.cluster.batch.source import Say, list_files, partition_of
 from airflow_provider_raylm.cluster.batch.storage import REQUESTS_AT_A_TIME
 from airflow_provider_raylm.errors import BatchError
