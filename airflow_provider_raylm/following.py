@@ -120,13 +120,7 @@ def submit_or_attach(
         if job is not None and job.status in TERMINAL:
             succeeded = name if current and job.status == SUCCEEDED else None
             continue
-        if job is not None and not current:
-            say(f"stopping Ray job {name}, which runs since before the task was cleared")
-            _stop(jobs, name, ask)
-            continue
-        if job is not None and is_overdue(job, pending_timeout, time.time()):
-            say(f"Ray job {name} has not started in time: it is told to stop, and left behind")
-            ask(partial(jobs.stop, name))
+        if job is not None and _is_left(jobs, candidate, job, pending_timeout, say, ask):
             continue
         # Ray deletes logs, and with them results: then it is asked again, which finds what is done already.
         last = partial(jobs.logs, succeeded or "", LAST_LINES)
@@ -139,6 +133,27 @@ def submit_or_attach(
             say(f"attached to Ray job {name}, which is running already")
         return name
     raise AssertionError("unreachable")
+
+
+def _is_left(
+    jobs: RayJobs,
+    candidate: JobRequest,
+    job: JobInfo,
+    pending_timeout: float,
+    say: Say,
+    ask: Callable[[Callable[[], Any]], Any],
+) -> bool:
+    """Return whether a job is another's, or has not started in time; it is told to stop then, and not followed."""
+    name = candidate.submission_id
+    if job.metadata != candidate.metadata:
+        say(f"stopping Ray job {name}, which runs since before the task was cleared")
+        _stop(jobs, name, ask)
+        return True
+    if is_overdue(job, pending_timeout, time.time()):
+        say(f"Ray job {name} has not started in time: it is told to stop, and left behind")
+        ask(partial(jobs.stop, name))
+        return True
+    return False
 
 
 def _stop(jobs: RayJobs, submission_id: str, ask: Callable[[Callable[[], Any]], Any]) -> None:

@@ -24,6 +24,7 @@ from airflow_provider_raylm.cluster.batch.stage import (
     FINISH_REASON,
     MESSAGE,
     REASON,
+    Answered,
     BlockAnswerer,
     answer_schema,
     load_function,
@@ -134,21 +135,7 @@ async def answered(
             began = time.monotonic()
             block = await answerer.answer(row, f"preview-{number}")
             seconds = time.monotonic() - began
-        failed = block.failed.num_rows > 0
-        shown = PreviewRow(
-            row_id=row[ROW_ID][0].as_py(),
-            asked=tuple(asked),
-            answer={} if failed else {name: _text(block.rows[name][0].as_py()) for name in columns},
-            finish_reason="" if failed else block.rows[FINISH_REASON][0].as_py(),
-            message=block.failed[MESSAGE][0].as_py() if failed else "",
-        )
-        counts = RowCounts(
-            prompt_tokens=block.counts["prompt_tokens"],
-            completion_tokens=block.counts["completion_tokens"],
-            seconds=round(seconds, 4),
-            reason=block.failed[REASON][0].as_py() if failed else None,
-        )
-        return shown, counts
+        return _shown(row[ROW_ID][0].as_py(), asked, columns, block), _took(block, seconds)
 
     tasks = [asyncio.create_task(one(number)) for number in range(sample.num_rows)]
     try:
@@ -158,6 +145,26 @@ async def answered(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _shown(row_id: str, asked: Sequence[str], columns: Sequence[str], block: Answered) -> PreviewRow:
+    failed = block.failed.num_rows > 0
+    return PreviewRow(
+        row_id=row_id,
+        asked=tuple(asked),
+        answer={} if failed else {name: _text(block.rows[name][0].as_py()) for name in columns},
+        finish_reason="" if failed else block.rows[FINISH_REASON][0].as_py(),
+        message=block.failed[MESSAGE][0].as_py() if failed else "",
+    )
+
+
+def _took(block: Answered, seconds: float) -> RowCounts:
+    return RowCounts(
+        prompt_tokens=block.counts["prompt_tokens"],
+        completion_tokens=block.counts["completion_tokens"],
+        seconds=round(seconds, 4),
+        reason=block.failed[REASON][0].as_py() if block.failed.num_rows > 0 else None,
+    )
 
 
 def sealed(rows: Sequence[PreviewRow], pad: bytes) -> str:

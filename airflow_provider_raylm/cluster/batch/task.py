@@ -111,22 +111,31 @@ def answer_source(
     done = sum(begun.done.values())
     tally.blocks.update(begun.done)
     tally.total = total - done if total is not None else None
-    say(f"{len(plan.fragments)} files, {tally.total if tally.total is not None else 'unknown'} rows to answer")
-    if done:
-        say(f"{done} rows are there from an earlier attempt")
+    _say_beginning(plan, tally, done, say)
     # Closed: a stage must not write any more when the next attempt begins.
     with closing(answers(Work(spec, ref, plan, output.parts, begun))) as blocks:
         for block in blocks:
             tally.add(block)
             require_hope(spec, total, tally)
-    require_allowance(spec, total, tally)
-    if total is not None and (read := sum(tally.blocks.values())) != total:
-        raise BatchError(f"{read} rows were read, but the source has {total}; the output is not complete.")
+    _require_end(spec, total, tally)
     report = _report(spec, ref, mark, tally, done, time.monotonic() - started)
     require_budget(spec, report)
     output.finish(report, tally.blocks, tally.failed, schema)
     say(tally.line(time.monotonic() - started))
     return report
+
+
+def _say_beginning(plan: Plan, tally: Tally, done: int, say: Say) -> None:
+    say(f"{len(plan.fragments)} files, {tally.total if tally.total is not None else 'unknown'} rows to answer")
+    if done:
+        say(f"{done} rows are there from an earlier attempt")
+
+
+def _require_end(spec: BatchSpec, total: int | None, tally: Tally) -> None:
+    """Fail a task whose blocks have ended before its rows were all read."""
+    require_allowance(spec, total, tally)
+    if total is not None and (read := sum(tally.blocks.values())) != total:
+        raise BatchError(f"{read} rows were read, but the source has {total}; the output is not complete.")
 
 
 async def answer_blocks(work: Work, answerer: BlockAnswerer, window: Window) -> AsyncGenerator[dict[str, Any]]:

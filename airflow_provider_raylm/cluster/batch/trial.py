@@ -6,8 +6,10 @@ import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from uuid import uuid4
 
+import pyarrow as pa
 from ray import serve
 
 from airflow_provider_raylm.cluster.batch import preview
@@ -55,22 +57,7 @@ def look(spec: BatchSpec, ref: EngineRef, rows: int, spread: bool, pad: bytes | 
         say(f"{planned.files} files, {planned.rows if spread else 'some'} rows; asking {sample.num_rows}")
         status.wait_until_running(ref, spec.engine_timeout, say)
         engine: list[tuple[Engine, float]] = []
-
-        async def asked() -> AsyncGenerator[tuple[PreviewRow, RowCounts]]:
-            handle = Handle(
-                serve.get_deployment_handle(ref.deployment, ref.application), ref, name, spec.request_timeout
-            )
-            await handle.until_well(spec.engine_timeout)
-            there = await handle.look()
-            engine.append((there, time.monotonic()))
-            # Of an engine that others use, too, as much as is this one's.
-            share = math.ceil(there.capacity / len(there.tasks | {name}))
-            rows_asked = preview.answered(spec, EngineTraits.of(ref), sample, _ask(handle), share)
-            async with aclosing(rows_asked) as answers:
-                async for one in answers:
-                    yield one
-
-        found = list(drained(asked))
+        found = list(drained(partial(_answered, spec, ref, name, sample, engine)))
         there, began = engine[0]
         seconds = time.monotonic() - began
     return PreviewReport(
@@ -81,6 +68,21 @@ def look(spec: BatchSpec, ref: EngineRef, rows: int, spread: bool, pad: bytes | 
         replicas=max(len(there.replicas), 1),
         sealed="" if pad is None else preview.sealed([row for row, _ in found], pad),
     )
+
+
+async def _answered(
+    spec: BatchSpec, ref: EngineRef, name: str, sample: pa.Table, engine: list[tuple[Engine, float]]
+) -> AsyncGenerator[tuple[PreviewRow, RowCounts]]:
+    """Yield what comes of each row of a sample; *engine* is given what the engine is, and when it began to be asked."""
+    handle = Handle(serve.get_deployment_handle(ref.deployment, ref.application), ref, name, spec.request_timeout)
+    await handle.until_well(spec.engine_timeout)
+    there = await handle.look()
+    engine.append((there, time.monotonic()))
+    # Of an engine that others use, too, as much as is this one's.
+    share = math.ceil(there.capacity / len(there.tasks | {name}))
+    async with aclosing(preview.answered(spec, EngineTraits.of(ref), sample, _ask(handle), share)) as answers:
+        async for one in answers:
+            yield one
 
 
 def _ask(handle: Handle) -> Ask:

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import TypeVar
 
 from airflow_provider_raylm.cluster.batch.exchange import Request
@@ -141,27 +142,12 @@ async def in_order(
     news = asyncio.Event()
     errors: list[BaseException] = []
 
-    async def worked(item: Item, entered: asyncio.Event) -> Result:
-        try:
-            async with window.block(nbytes(item)):
-                entered.set()
-                try:
-                    if errors:
-                        raise asyncio.CancelledError("the task has ended before this was begun")
-                    return await work(item)
-                except BaseException as error:
-                    errors.append(error)
-                    await window.end()
-                    raise
-        finally:
-            entered.set()
-
     async def feed() -> None:
         async for item in items:
             if errors:
                 return
             entered = asyncio.Event()
-            begun.append(asyncio.create_task(worked(item, entered)))
+            begun.append(asyncio.create_task(_worked(partial(work, item), nbytes(item), window, entered, errors)))
             news.set()
             await entered.wait()
 
@@ -182,3 +168,26 @@ async def in_order(
         await window.end()
         feeding.cancel()
         await asyncio.gather(feeding, *begun, return_exceptions=True)
+
+
+async def _worked(
+    work: Callable[[], Awaitable[Result]],
+    nbytes: int,
+    window: Window,
+    entered: asyncio.Event,
+    errors: list[BaseException],
+) -> Result:
+    """Work on an item as soon as there is room for it, unless one before it has failed; note if it fails itself."""
+    try:
+        async with window.block(nbytes):
+            entered.set()
+            try:
+                if errors:
+                    raise asyncio.CancelledError("the task has ended before this was begun")
+                return await work()
+            except BaseException as error:
+                errors.append(error)
+                await window.end()
+                raise
+    finally:
+        entered.set()
