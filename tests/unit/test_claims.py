@@ -20,8 +20,8 @@ from airflow_provider_raylm.operators.raylm import (
 )
 from airflow_provider_raylm.plugins import watching
 from airflow_provider_raylm.specs.reports import FAILED_ROWS
-from tests.conftest import REPOSITORY
-from tests.unit.test_docs import DOCS, PAGES, name_of
+from tests.conftest import DAGS, REPOSITORY
+from tests.unit.test_docs import DOCS, PACKAGE, PAGES, name_of
 
 CLAIMS = [
     tuple(cell.strip() for cell in line.strip("|").split(" | "))
@@ -191,6 +191,22 @@ def test_what_a_fingerprint_leaves_out_is_told(spec):
     whose = {"EngineSpec": "The engine's", "BatchSpec": "The task's"}[spec]
     sentence = re.search(rf"{whose} fingerprint covers all fields but ([^.;]*?)(?:, of those|[.;])", page)[1]
     assert set(re.findall(r"`(\w+)`", sentence)) == getattr(specs, spec).not_identity
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_every_example_is_named(page):
+    """And no other."""
+    text = (REPOSITORY / page).read_text()
+    named = set(re.findall(r"`(\w+\.py)`", text))
+    assert named == {path.name for path in DAGS.glob("*.py")}
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "decisions").glob("*.md")), ids=name_of)
+def test_modules_that_decisions_name_exist(page):
+    """Below the package, or from the top."""
+    places = (REPOSITORY, PACKAGE)
+    for path in re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", page.read_text()):
+        assert any((place / path).exists() for place in places) or list(PACKAGE.rglob(path)), path
 
 
 def test_versions_are_those_that_the_package_asks_for():
