@@ -26,6 +26,7 @@ from airflow_provider_raylm.operators.raylm import (
     DeployEngineOperator,
     TeardownEngineOperator,
 )
+from airflow_provider_raylm.specs import BatchSpec, EngineSpec, with_new_names
 
 if TYPE_CHECKING:
     from airflow.sdk.bases.decorator import FParams, FReturn
@@ -75,6 +76,7 @@ class Inference:
         return PartialInference(task_id, *self._split(task_id, fields))
 
     def _split(self, task_id: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        fields = with_new_names(BatchSpec, fields)
         batch = {name: value for name, value in fields.items() if name in FIELDS}
         if "steps" not in batch:
             batch.setdefault("output_column", task_id)
@@ -162,7 +164,7 @@ def shared_engine(
     Raises:
         SpecError: a field that is known when the DAG is parsed is bad, or the DAG has an engine of that name.
     """
-    spec = {"name": name, **fields}
+    spec = {"name": name, **with_new_names(EngineSpec, fields)}
     connection = {} if raylm_conn_id is None else {"raylm_conn_id": raylm_conn_id}
     deploy = DeployEngineOperator(
         task_id=f"deploy_{name}", engine=spec, replace=replace, **{**connection, **(deploy_args or {})}

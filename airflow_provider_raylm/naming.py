@@ -36,12 +36,14 @@ def application_name(labels: Labels) -> str:
 def fingerprint(spec: EngineSpec | BatchSpec) -> str:
     """Return 12 hex digits that change when *spec* asks for something else, not when it only waits longer.
 
-    Only what differs from the defaults counts, so that a field that a later version adds changes nothing.
+    Only what differs from the defaults counts, so that a field that a later version adds changes nothing. One that
+    a later version renames counts by its first name.
     """
     left_out: dict[str, Any] = dict.fromkeys(spec.not_identity, True)
     left_out |= {name: set(value.not_identity) for name, value in spec if hasattr(value, "not_identity")}
     content = spec.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
-    return _digest({name: value for name, value in content.items() if value != {}})[:12]
+    first = {new: old for old, new in spec.old_names.items()}
+    return _digest({first.get(name, name): value for name, value in content.items() if value != {}})[:12]
 
 
 def answers_fingerprint(spec: EngineSpec) -> str:

@@ -12,7 +12,7 @@ from airflow_provider_raylm.compat import determine_kwargs
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.operators.checks import FIELDS
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
-from airflow_provider_raylm.specs import BatchSpec
+from airflow_provider_raylm.specs import BatchSpec, with_new_names
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -50,7 +50,9 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
     ) -> None:
         # The function may return any field.
         unknown: dict[str, Any] = dict.fromkeys(FIELDS)
-        super().__init__(python_callable=python_callable, batch={**unknown, **(batch or {})}, **kwargs)
+        super().__init__(
+            python_callable=python_callable, batch={**unknown, **with_new_names(BatchSpec, batch or {})}, **kwargs
+        )
         self.batch = {name: one for name, one in self.batch.items() if one is not None}
         self.render_returned = render_returned
 
@@ -72,7 +74,7 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
         # Airflow has rendered the fields of `batch`; rendered again, what a run's conf put there would be a template.
         if self.render_returned:
             returned = self.render_template(returned, context, self.text_env())
-        self.batch = {**self.batch, **returned}
+        self.batch = {**self.batch, **with_new_names(BatchSpec, returned)}
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Call the function, then do as BatchInferenceOperator.

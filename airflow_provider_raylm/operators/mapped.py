@@ -17,7 +17,7 @@ from airflow_provider_raylm.operators.checks import (
 )
 from airflow_provider_raylm.operators.places import assets_of
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
-from airflow_provider_raylm.specs import BatchSpec
+from airflow_provider_raylm.specs import BatchSpec, with_new_names
 
 if TYPE_CHECKING:
     from airflow.sdk import XComArg
@@ -35,8 +35,9 @@ class MappedFieldsOperator(BatchInferenceOperator):
     custom_operator_name = "BatchInferenceOperator"
 
     def __init__(self, *, batch: Mapping[str, Any], fields: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        kwargs = dict(with_new_names(BatchSpec, kwargs))
         own = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
-        super().__init__(batch={**batch, **(fields or {}), **own}, **kwargs)
+        super().__init__(batch={**batch, **with_new_names(BatchSpec, fields or {}), **own}, **kwargs)
 
     # Airflow maps what a signature names, and looks at it when the class is made.
     __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -71,6 +72,7 @@ class PartialInference:
         Raises:
             SpecError: a field that is known when the DAG is parsed is bad, or all would have one output.
         """
+        mapped = dict(with_new_names(BatchSpec, mapped))
         self._require_new(mapped)
         if "output" not in mapped:
             self._require_open_output()
@@ -90,6 +92,7 @@ class PartialInference:
         if not isinstance(mapped, Sequence):
             self._require_open_output()
             return self._checked(self._partial.expand_kwargs(mapped))
+        mapped = [with_new_names(BatchSpec, one) for one in mapped]
         for one in mapped:
             self._require_new(one)
         # As Airflow leaves templates in such dicts alone, but not in those within them.

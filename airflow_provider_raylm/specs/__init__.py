@@ -4,7 +4,15 @@ All defaults and all validation of the public API live here. Every spec is froze
 plain JSON on the wire, so that the worker, the cluster and a unit test see the same thing.
 """
 
-from airflow_provider_raylm.specs.base import RESERVED_PREFIX, SpecT, Value, build, check_unrendered, read_json_text
+from airflow_provider_raylm.specs.base import (
+    RESERVED_PREFIX,
+    SpecT,
+    Value,
+    build,
+    check_unrendered,
+    read_json_text,
+    with_new_names,
+)
 from airflow_provider_raylm.specs.batch import BatchSpec, Format, OutputFormat
 from airflow_provider_raylm.specs.engine import EngineQuery, EngineRef, EngineSpec, EngineTask, Labels, Lease
 from airflow_provider_raylm.specs.media import Media
@@ -50,4 +58,5 @@ __all__ = [
     "build",
     "check_unrendered",
     "read_json_text",
+    "with_new_names",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 
@@ -14,6 +16,10 @@ from airflow_provider_raylm.errors import SpecError
 
 RESERVED_PREFIX = "raylm_"
 """Columns with this prefix are written by the provider: row id, token counts, finish reason, failure."""
+
+_REMOVED_IN = "0.3"
+# Through which a name passes from where somebody wrote it.
+_BETWEEN = frozenset({__name__.partition(".")[0], "airflow", "contextlib", "pydantic"})
 
 
 if TYPE_CHECKING:
@@ -44,13 +50,17 @@ class Value(BaseModel, metaclass=_NamesWhatIsWrong):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    old_names: ClassVar[Mapping[str, str]] = {}
+    """Today's names of fields by their first, which are read for a while; fingerprints are made of them for good."""
+
     @model_validator(mode="before")
     @classmethod
-    def _read_json_texts(cls, given: Any) -> Any:
-        """Read what a Jinja template makes of a list or an object (``{{ params.engine_kwargs | tojson }}``)."""
+    def _read_given(cls, given: Any) -> Any:
+        """Read old names, and what a Jinja template makes of a list or an object (``{{ params.x | tojson }}``)."""
         given = read_json_text(given)
         if not isinstance(given, Mapping):
             return given
+        given = with_new_names(cls, given)
         structured = _structured_fields(cls)
         return {name: read_json_text(one) if name in structured else one for name, one in given.items()}
 
@@ -65,6 +75,10 @@ class Value(BaseModel, metaclass=_NamesWhatIsWrong):
             return super().model_validate(obj, **options)
         except ValidationError as error:
             raise SpecError(_explain(cls, error.errors())) from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with the values of *update*, of which pydantic checks nothing: an old name would be lost."""
+        return super().model_copy(update=update and with_new_names(type(self), update), deep=deep)
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:
@@ -87,6 +101,34 @@ def build(spec: type[SpecT], value: object) -> SpecT:
     return spec.model_validate(value)
 
 
+def with_new_names(spec: type[Value], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return *given*, of which some may be fields of *spec*, with today's names in the place of old ones.
+
+    Where mappings are put together, each is read so before: else one field would be there under both of its names.
+
+    Raises:
+        SpecError: a field is given by both.
+    """
+    renamed = {old: new for old, new in spec.old_names.items() if old in given}
+    for old, new in renamed.items():
+        if new in given:
+            raise SpecError(f"{old}: its name is {new} now, which is given, too")
+        text = f"{spec.__name__}.{old} is called {new} now; the old name is removed in {_REMOVED_IN}"
+        # No DeprecationWarning, which Python shows to nobody in a file of DAGs.
+        warnings.warn(text, FutureWarning, stacklevel=_level_of_author())
+    return {renamed.get(name, name): value for name, value in given.items()} if renamed else given
+
+
+def _level_of_author() -> int:
+    """Return how far up, for a warning of whoever calls this, a spec is written; 1 when nobody's code is there."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        if frame.f_back is None:
+            return 1
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def check_unrendered(spec: type[Value], value: object, is_deferred: Any) -> None:
     """Check, when the DAG is parsed, whatever of *value* is known by then.
 
@@ -100,6 +142,7 @@ def check_unrendered(spec: type[Value], value: object, is_deferred: Any) -> None
         return
     if not isinstance(value, dict):
         raise SpecError(f"{spec.__name__}: expected a {spec.__name__} or a dict, got {type(value).__name__}")
+    value = with_new_names(spec, value)
     deferred = {field for field, content in value.items() if is_deferred(content)}
     try:
         # Not by the value's own method: what is left out here is no error.
