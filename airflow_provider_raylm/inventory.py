@@ -77,7 +77,7 @@ def reference(spec: EngineSpec, labels: Labels, deployed_at: float) -> EngineRef
     return EngineRef(
         application=application_name(labels),
         deployment=ENGINE_DEPLOYMENT,
-        model=spec.served_model_name,
+        model=spec.effective_model_name,
         fingerprint=fingerprint(spec),
         answers=answers_fingerprint(spec),
         version=__version__,
@@ -86,7 +86,7 @@ def reference(spec: EngineSpec, labels: Labels, deployed_at: float) -> EngineRef
         task=spec.task,
         media=spec.media,
         replicas=spec.max_replicas,
-        gpus_per_replica=spec.gpus * spec.workers,
+        gpus_per_replica=spec.gpus_per_worker * spec.workers,
         runtime_env=spec.runtime_env,
         deployed_at=deployed_at,
     )

@@ -98,15 +98,15 @@ class EngineFields(TypedDict, total=False):
     """EngineSpec's fields, without the name."""
 
     model: Later
-    served_name: Later | None
+    served_model_name: Later | None
     tokenizer: Later | None
     engine_kwargs: Mapping[str, Any] | Later
     task: Literal["generate", "embed", "classify", "score"] | Later
     adapters: Mapping[str, Any] | Later
     media: Mapping[str, Any] | Later
     accelerator_type: Later | None
-    gpus: float | Later
-    cpus: float | Later
+    gpus_per_worker: float | Later
+    num_cpus: float | Later
     tensor_parallel_size: int | Later
     pipeline_parallel_size: int | Later
     replicas: int | tuple[int | Later, int | Later] | Sequence[Any] | Later
@@ -171,7 +171,7 @@ class BatchFields(TypedDict, total=False):
     output_format: Literal["parquet", "jsonl"] | Later
     overwrite: bool | Later
     quarantine: Later | None
-    error_budget: float | Later
+    max_failed_fraction: float | Later
     block_rows: int | Later
     in_flight_rows: int | Later | None
     request_timeout: float | Later | None

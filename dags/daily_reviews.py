@@ -51,5 +51,5 @@ with (
             },
         ],
         output="{{ params.bucket }}/out/{{ ds }}",
-        error_budget=0.01,
+        max_failed_fraction=0.01,
     )

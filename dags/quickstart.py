@@ -20,7 +20,7 @@ with (
     shared_engine(
         "reviewer",
         model="{{ params.model }}",
-        gpus="{{ params.gpus }}",
+        gpus_per_worker="{{ params.gpus }}",
         engine_kwargs="{{ params.engine_kwargs | tojson }}",
     ) as engine,
 ):

@@ -119,9 +119,9 @@ def engine_spec(model, secret):
     return {
         "name": "shared",
         "model": model,
-        "served_name": "tiny",
-        "gpus": 0,
-        "cpus": 0.5,
+        "served_model_name": "tiny",
+        "gpus_per_worker": 0,
+        "num_cpus": 0.5,
         "engine_kwargs": ENGINE_KWARGS,
         "secret_env": dict.fromkeys(SECRET_NAMES, str(secret)),
     }

@@ -72,4 +72,4 @@ def engine_seconds(report: PreviewReport, rows: int) -> Range:
 
 def gpus_of(spec: EngineSpec, replicas: int) -> float:
     """Return how many GPUs an engine holds."""
-    return replicas * spec.workers * spec.gpus
+    return replicas * spec.workers * spec.gpus_per_worker

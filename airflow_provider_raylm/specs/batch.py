@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -72,7 +72,7 @@ class BatchSpec(Step):
     quarantine: Annotated[str, AfterValidator(_folder)] | None = Field(
         None, description="Folder of failed rows; default: _quarantine in output."
     )
-    error_budget: float = Field(0.05, ge=0, le=1, description="Share of the rows that may fail.")
+    max_failed_fraction: float = Field(0.05, ge=0, le=1, description="Share of the rows that may fail.")
     block_rows: int = Field(256, ge=1, description="Rows per block: sent, answered and written together.")
     in_flight_rows: int | None = Field(
         None,
@@ -93,11 +93,12 @@ class BatchSpec(Step):
         False, description="Ask rows with the same question once; needs temperature 0, where the answers are the same."
     )
 
+    old_names: ClassVar[Mapping[str, str]] = {"error_budget": "max_failed_fraction"}
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {
             "output",
             "overwrite",
-            "error_budget",
+            "max_failed_fraction",
             "block_rows",
             "in_flight_rows",
             "request_timeout",

@@ -35,7 +35,7 @@ class EngineSpec(Value):
         description="Name of the engine, unique within the DAG.",
     )
     model: str = Field(min_length=1, description="Hugging Face id, path on the cluster, or s3://, gs:// URI.")
-    served_name: str | None = Field(None, description="Name in requests and reports; default: the model.")
+    served_model_name: str | None = Field(None, description="Name in requests and reports; default: the model.")
     tokenizer: str | None = Field(None, description="Tokenizer other than the model's own.")
     engine_kwargs: JsonObject = Field(
         default_factory=dict, description="vLLM engine arguments, by vLLM's own names (e.g. max_model_len)."
@@ -49,8 +49,10 @@ class EngineSpec(Value):
     )
     media: Media = Field(Media(), description="Which images rows may name, beside those that they hold.")
     accelerator_type: str | None = Field(None, description="Ray's name of the accelerator, e.g. H100.")
-    gpus: float = Field(1, ge=0, description="GPU of each vLLM worker: 1, a fraction of a shared one, or 0 for CPUs.")
-    cpus: float = Field(1, gt=0, description="CPUs of each replica's own process.")
+    gpus_per_worker: float = Field(
+        1, ge=0, description="GPU of each vLLM worker: 1, a fraction of a shared one, or 0 for CPUs."
+    )
+    num_cpus: float = Field(1, gt=0, description="CPUs of each replica's own process.")
     tensor_parallel_size: int = Field(1, ge=1)
     pipeline_parallel_size: int = Field(1, ge=1)
     replicas: int | tuple[int, int] = Field(1, description="Number of replicas, or (min, max) to autoscale.")
@@ -79,6 +81,11 @@ class EngineSpec(Value):
     )
     lease: Lease = Lease()
 
+    old_names: ClassVar[Mapping[str, str]] = {
+        "served_name": "served_model_name",
+        "gpus": "gpus_per_worker",
+        "cpus": "num_cpus",
+    }
     not_identity: ClassVar[frozenset[str]] = frozenset({"deploy_timeout", "scale_up_timeout", "lease"})
     # Arguments of vLLM that say how fast, on what and how much at a time, not what is answered.
     _not_in_answers: ClassVar[frozenset[str]] = frozenset(
@@ -93,7 +100,7 @@ class EngineSpec(Value):
     _own_arguments: ClassVar[dict[str, str]] = {
         "model": "set EngineSpec.model instead",
         "tokenizer": "set EngineSpec.tokenizer instead",
-        "served_model_name": "set EngineSpec.served_name instead",
+        "served_model_name": "set EngineSpec.served_model_name instead",
         "runner": "set EngineSpec.task instead",
         "task": "set EngineSpec.task instead",
         "enable_lora": "set EngineSpec.adapters instead",
@@ -101,7 +108,7 @@ class EngineSpec(Value):
         "pipeline_parallel_size": "set EngineSpec.pipeline_parallel_size instead",
         "prefill_context_parallel_size": "Ray reserves no GPUs for it; set EngineSpec.tensor_parallel_size instead",
         "data_parallel_*": "set EngineSpec.replicas instead",
-        "distributed_executor_backend": "EngineSpec.gpus decides: with GPUs Ray's workers, without processes",
+        "distributed_executor_backend": "EngineSpec.gpus_per_worker decides: Ray's workers, or processes without GPUs",
         "allowed_media_domains": "set EngineSpec.media instead",
         "allowed_local_media_path": "set EngineSpec.media instead",
         "device_ids": "Ray chooses the GPUs; set EngineSpec.accelerator_type for a kind",
@@ -121,7 +128,7 @@ class EngineSpec(Value):
         "ssl_*": "an engine has no HTTP endpoint",
     }
     _own_variables: ClassVar[dict[str, str]] = {
-        "VLLM_RAY_PER_WORKER_GPUS": "set EngineSpec.gpus instead",
+        "VLLM_RAY_PER_WORKER_GPUS": "set EngineSpec.gpus_per_worker instead",
         "VLLM_RAY_BUNDLE_INDICES": "Ray chooses the GPUs",
         "VLLM_DP_*": "set EngineSpec.replicas instead",
     }
@@ -139,12 +146,12 @@ class EngineSpec(Value):
             *(("env", self.env), ("secret_env", self.secret_env)),
             *(("runtime_env.env_vars", around.env_vars), ("runtime_env.secret_env", around.secret_env)),
         ):
-            _refuse(field, variables, self._own_variables | (self._visible_gpus if self.gpus else {}))
+            _refuse(field, variables, self._own_variables | (self._visible_gpus if self.gpus_per_worker else {}))
         self._check_gpus()
         if self.adapters and self.task != "generate":
             raise ValueError(f"adapters: only for task='generate', got {self.task!r}")
-        if self.served_model_name in self.adapters:
-            raise ValueError(f"adapters.{self.served_model_name}: the model itself has this name")
+        if self.effective_model_name in self.adapters:
+            raise ValueError(f"adapters.{self.effective_model_name}: the model itself has this name")
         if self.log_engine_metrics and self.engine_kwargs.get("disable_log_stats"):
             raise ValueError("engine_kwargs.disable_log_stats: log_engine_metrics needs these statistics")
         twice = sorted(set(self.env) & set(self.secret_env))
@@ -159,23 +166,24 @@ class EngineSpec(Value):
         return self
 
     def _check_gpus(self) -> None:
-        if self.gpus == 0 and self.accelerator_type:
-            raise ValueError(f"accelerator_type {self.accelerator_type!r} needs a GPU, but gpus is 0")
-        if self.gpus > 1:
+        gpus = self.gpus_per_worker
+        if gpus == 0 and self.accelerator_type:
+            raise ValueError(f"accelerator_type {self.accelerator_type!r} needs a GPU, but gpus_per_worker is 0")
+        if gpus > 1:
             raise ValueError(
-                f"gpus: at most 1 for each vLLM worker, got {self.gpus:g}; for an engine on several GPUs set "
-                "tensor_parallel_size or pipeline_parallel_size, for more engines replicas"
+                f"gpus_per_worker: at most 1, got {gpus:g}; for an engine on several GPUs set tensor_parallel_size or "
+                "pipeline_parallel_size, for more engines replicas"
             )
-        if 0 < self.gpus <= 0.5 and self.workers > 1:
+        if 0 < gpus <= 0.5 and self.workers > 1:
             raise ValueError(
-                f"gpus: with {self.gpus:g} each, Ray may put several of this engine's {self.workers} workers on one "
+                f"gpus_per_worker: with {gpus:g}, Ray may put several of this engine's {self.workers} workers on one "
                 "GPU, which NCCL refuses; ask for more than 0.5 (tensor_parallel_size, pipeline_parallel_size)"
             )
         memory = self.engine_kwargs.get("gpu_memory_utilization")
-        if 0 < self.gpus < 1 and isinstance(memory, int | float) and memory > self.gpus:
+        if 0 < gpus < 1 and isinstance(memory, int | float) and memory > gpus:
             raise ValueError(
-                f"engine_kwargs.gpu_memory_utilization: {memory:g} of a GPU's memory, but gpus is {self.gpus:g}; the "
-                "rest belongs to whoever shares the GPU"
+                f"engine_kwargs.gpu_memory_utilization: {memory:g} of a GPU's memory, but gpus_per_worker is {gpus:g}; "
+                "the rest belongs to whoever shares the GPU"
             )
 
     @property
@@ -197,9 +205,9 @@ class EngineSpec(Value):
         return self.replicas[1] if isinstance(self.replicas, tuple) else self.replicas
 
     @property
-    def served_model_name(self) -> str:
+    def effective_model_name(self) -> str:
         """The model's name in requests and reports."""
-        return self.served_name or self.model
+        return self.served_model_name or self.model
 
 
 def _refuse(field: str, given: Mapping[str, object], reasons: Mapping[str, str]) -> None:

@@ -86,8 +86,8 @@ class Bench:
         spec = {
             "name": name,
             "model": str(self.model),
-            "gpus": self._gpus,
-            "cpus": self._cpus,
+            "gpus_per_worker": self._gpus,
+            "num_cpus": self._cpus,
             "engine_kwargs": self.engine_kwargs,
             "lease": {"idle_timeout": 7200},
             **fields,

@@ -45,7 +45,7 @@ def node_dies(scene):
         batch = there.batch(there.table(ROWS))
         with there.accounted(batch, ROWS) as accounts:
             # The head has room for the task, not for the engine.
-            there.engine = there.deploy("shared", cpus=1.5)
+            there.engine = there.deploy("shared", num_cpus=1.5)
             job = there.start(batch)
             there.at_a_random_moment(batch)
             _kill_session(node)

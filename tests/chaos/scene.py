@@ -85,9 +85,9 @@ class Scene:
         return {
             "name": name,
             "model": str(make_tiny_model(self.cluster.folder / "model")),
-            "served_name": "tiny",
-            "gpus": 0,
-            "cpus": 0.3,
+            "served_model_name": "tiny",
+            "gpus_per_worker": 0,
+            "num_cpus": 0.3,
             "hang_timeout": 60,
             "engine_kwargs": self.engine_kwargs,
             "env": {WITNESS: str(self.witness), HOLD: str(self.hold)},
@@ -162,7 +162,7 @@ class Scene:
             "temperature": 0,
             "ignore_eos": True,
             "block_rows": BLOCK_ROWS,
-            "error_budget": 1,
+            "max_failed_fraction": 1,
             **fields,
         }
 

@@ -43,7 +43,7 @@ def test_an_equal_engine_is_adopted_and_another_refused(cluster, engine, engine_
     assert adopted["adopted"] is True
     assert {adopted[name] == engine[name] for name in ("application", "fingerprint", "model")} == {True}
     with pytest.raises(EngineError, match=r"running with another spec.*replace=True"):
-        deploy(cluster, {**engine_spec, "served_name": "other"}, LABELS)
+        deploy(cluster, {**engine_spec, "served_model_name": "other"}, LABELS)
 
 
 def test_a_model_that_is_not_there(cluster, engine, engine_spec):
@@ -71,7 +71,7 @@ def test_more_than_the_cluster_has(cluster, engine, engine_spec):
     """Said within a minute, with what was asked and what there is."""
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"asks for 0\.5 CPU, 8 GPU.*the cluster has 2 CPU, 0 GPU"):
-        deploy(cluster, {**engine_spec, "gpus": 1, "tensor_parallel_size": 8, "scale_up_timeout": 5})
+        deploy(cluster, {**engine_spec, "gpus_per_worker": 1, "tensor_parallel_size": 8, "scale_up_timeout": 5})
 
     assert time.monotonic() - started < 60
     assert engines(cluster) == [engine["application"]]

@@ -11,7 +11,7 @@ from tests.conftest import REPOSITORY
 
 SPECS = [
     # Three replicas on two GPUs: at least two of them share one.
-    {"name": "shared", "gpus": 0.5, "cpus": 0.5, "replicas": 3},
+    {"name": "shared", "gpus_per_worker": 0.5, "num_cpus": 0.5, "replicas": 3},
     {"name": "wide", "tensor_parallel_size": 2, "accelerator_type": "H100"},
 ]
 

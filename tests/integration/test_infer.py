@@ -124,7 +124,7 @@ def test_bad_rows_are_quarantined_and_the_others_written(infer, tmp_path):
     """Each with its id, the reason, and the columns it came with."""
     texts = ["fine", None, "", "word " * 600, "fine too", "odd \x00\x07 \u202e", " "]
     pq.write_table(pa.table({"text": texts, "n": range(7)}), tmp_path / "in.parquet")
-    report = infer(source=str(tmp_path / "in.parquet"), prompt="${text}", error_budget=0.6)
+    report = infer(source=str(tmp_path / "in.parquet"), prompt="${text}", max_failed_fraction=0.6)
 
     assert [row["text"] for row in read(tmp_path / "out")] == [texts[0], texts[4], texts[5]]
     failed = {row["n"]: row for row in read(tmp_path / "out" / "_quarantine")}
@@ -166,7 +166,7 @@ def test_a_budget_that_cannot_be_met_ends_the_task(infer, source, tmp_path):
 def test_what_all_rows_share_is_refused_once(infer, source, tmp_path):
     """One error for the task, with the engine's own words; no row pays for it, whatever the budget."""
     with pytest.raises(BatchError, match="The engine refuses what the spec asks of every row"):
-        infer(source=source, error_budget=1, max_tokens=512)
+        infer(source=source, max_failed_fraction=1, max_tokens=512)
 
     assert not list((tmp_path / "out").rglob("part-*"))
 

@@ -66,7 +66,8 @@ def kinds(cluster, model, texts, tmp_path_factory):
 
 
 def _spec(name, model, engine_kwargs=ENCODER_KWARGS, **fields):
-    return {"name": name, "model": model, "gpus": 0, "cpus": 0.1, "engine_kwargs": engine_kwargs, **fields}
+    fields = {"gpus_per_worker": 0, "num_cpus": 0.1, **fields}
+    return {"name": name, "model": model, "engine_kwargs": engine_kwargs, **fields}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def deployed(cluster, engine, kinds):
     specs = [_spec("embed", kinds.models["embed"], task="embed")]
     allowed = [f"s3://{BUCKET}/photos", str(kinds.folder / "photos")]
     specs.append(_spec("seer", kinds.models["vision"], ENGINE_KWARGS, media={"allowed": allowed}))
-    specs.append(_spec("writer", kinds.model, parsed, adapters=adapters, served_name="tiny"))
+    specs.append(_spec("writer", kinds.model, parsed, adapters=adapters, served_model_name="tiny"))
     jobs = {spec["name"]: _start(cluster, spec) for spec in specs}
     refs = {name: cluster.finish(job, timeout=580)[0] for name, job in jobs.items()}
     yield refs
@@ -141,7 +142,7 @@ def test_scores_and_classes_equal_offline_vllm(kinds):
 def test_a_text_beyond_the_model_is_one_rows_fault(infer, tmp_path):
     """The others of its block, which are rendered together with it, are answered."""
     pq.write_table(pa.table({"text": ["short", "x" * 500]}), tmp_path / "in.parquet")
-    report, found = infer("embed", error_budget=1, embed="${text}", source=str(tmp_path / "in.parquet"))
+    report, found = infer("embed", max_failed_fraction=1, embed="${text}", source=str(tmp_path / "in.parquet"))
 
     assert (report["failures"], found["text"].to_pylist()) == ({"prompt_too_long": 1}, ["short"])
 
@@ -199,7 +200,7 @@ def test_an_engine_with_a_parser_keeps_the_reasoning(infer, kinds):
     """An answer that is nothing but a thought that was cut off has failed; what was thought is a column else."""
     messages = [{"role": "user", "content": "${text}"}]
     # The first answer that is sampled would compile vLLM's sampler for CPUs, for half a minute.
-    asked = {"messages": messages, "max_tokens": 8, "limit": 40, "error_budget": 1, "temperature": 0}
+    asked = {"messages": messages, "max_tokens": 8, "limit": 40, "max_failed_fraction": 1, "temperature": 0}
     report, found = infer("writer", keep=["reasoning", "token_ids"], **asked)
 
     assert report["rows_written"] + report["failures"].get("answer_cut_off", 0) == 40

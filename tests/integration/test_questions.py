@@ -59,7 +59,7 @@ def test_what_a_step_may_ask_equals_offline_vllm(infer, offline, tmp_path):
         {**asked, "output_column": "typed", "output_schema": SCHEMA, "reasks": 0, "max_tokens": TYPED_TOKENS},
     ]
     unset = dict.fromkeys(("prompt", "temperature", "max_tokens"))
-    report, found = infer(steps=steps, error_budget=1, block_rows=50, **unset)
+    report, found = infer(steps=steps, max_failed_fraction=1, block_rows=50, **unset)
     expected = [_value(text) for text in offline["schema"]]
     there = [i for i, value in enumerate(expected) if value is not None]
 
@@ -94,7 +94,7 @@ def _check_kept(row, expected):
 
 def test_an_answer_that_does_not_fit_is_asked_for_again(infer):
     """One more time, in one row, and paid for: here by all, for what no grammar knows."""
-    report, found = infer(output_schema="tests.integration.row_functions:Refused", error_budget=1, limit=20)
+    report, found = infer(output_schema="tests.integration.row_functions:Refused", max_failed_fraction=1, limit=20)
 
     assert found == []
     assert report["failures"] == {"invalid_output": 20}

@@ -61,7 +61,7 @@ def test_hours_lie_between_a_full_engine_and_the_samples_own_pace():
 
 
 def test_an_engine_holds_the_gpus_of_all_its_workers():
-    spec = EngineSpec(name="e", model="m", tensor_parallel_size=2, gpus=0.75)
+    spec = EngineSpec(name="e", model="m", tensor_parallel_size=2, gpus_per_worker=0.75)
     assert estimates.gpus_of(spec, 3) == 4.5
 
 

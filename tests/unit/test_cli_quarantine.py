@@ -13,7 +13,13 @@ def task(folder, **fields):
     """Run a task of which two rows of five fail, and return its spec."""
     source = folder / "in.txt"
     source.write_text("good\nbad one\nfine\nbad two\n \n")
-    fields = {"source": str(source), "prompt": "${text}", "output": str(folder / "out"), "error_budget": 1, **fields}
+    fields = {
+        "source": str(source),
+        "prompt": "${text}",
+        "output": str(folder / "out"),
+        "max_failed_fraction": 1,
+        **fields,
+    }
     spec = BatchSpec(**fields)
     assert attempt(spec).rows_quarantined == 3
     return spec

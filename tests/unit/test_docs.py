@@ -419,7 +419,7 @@ def test_the_quarantine_of_a_green_task_is_asked_again(tmp_path):
     exec(in_a_dag(code), namespace)
     fixed, reply = (task.batch for task in namespace["engine"].deploy.dag.tasks if task.task_id in ("label", "reply"))
     (tmp_path / "in.txt").write_text("good\nbad\n")
-    first = {**fixed, "source": str(tmp_path / "in.txt"), "output": str(tmp_path / "label"), "error_budget": 1}
+    first = {**fixed, "source": str(tmp_path / "in.txt"), "output": str(tmp_path / "label"), "max_failed_fraction": 1}
 
     def refuses(fields, prompts):
         return [Refusal("invalid_request", "no") if "bad" in one else Answer("fine", "stop", 1, 1) for one in prompts]

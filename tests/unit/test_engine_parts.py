@@ -134,8 +134,8 @@ def test_a_failed_call_says_what_to_do(monkeypatch, state, sentence):
 def test_what_a_replica_asks_for():
     """One bundle per worker, the first with the replica's own CPUs; on CPUs it is all one process' business."""
     assert bundles(spec()) == [{"GPU": 1, "CPU": 1}]
-    assert bundles(spec(gpus=0, cpus=4, tensor_parallel_size=2)) == [{"CPU": 4}]
-    assert bundles(spec(tensor_parallel_size=2, accelerator_type="H100", cpus=2)) == [
+    assert bundles(spec(gpus_per_worker=0, num_cpus=4, tensor_parallel_size=2)) == [{"CPU": 4}]
+    assert bundles(spec(tensor_parallel_size=2, accelerator_type="H100", num_cpus=2)) == [
         {"GPU": 1, "CPU": 2, "accelerator_type:H100": 0.001},
         {"GPU": 1, "accelerator_type:H100": 0.001},
     ]
@@ -145,11 +145,11 @@ def test_what_a_replica_asks_for():
     "fields",
     [
         {},
-        {"gpus": 0, "cpus": 4},
-        {"gpus": 0.5},
-        {"tensor_parallel_size": 2, "accelerator_type": "H100", "cpus": 2},
+        {"gpus_per_worker": 0, "num_cpus": 4},
+        {"gpus_per_worker": 0.5},
+        {"tensor_parallel_size": 2, "accelerator_type": "H100", "num_cpus": 2},
         {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
-        {"gpus": 0.6, "tensor_parallel_size": 2, "accelerator_type": "A100"},
+        {"gpus_per_worker": 0.6, "tensor_parallel_size": 2, "accelerator_type": "A100"},
     ],
 )
 def test_ray_asks_for_the_same(fields, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_replica_has_what_its_job_was_given(monkeypatch):
     assert loaded["secret_env"] == {"T": "/run/t", "S": "/run/s"}
 
 
-@pytest.mark.parametrize("fields", [{}, {"gpus": 0.3}, {"gpus": 0.6, "tensor_parallel_size": 2}])
+@pytest.mark.parametrize("fields", [{}, {"gpus_per_worker": 0.3}, {"gpus_per_worker": 0.6, "tensor_parallel_size": 2}])
 def test_a_worker_of_vllm_fits_into_its_bundle(fields, monkeypatch):
     """Whichever of vLLM's executors asks: it does so in the environment that the driver gives to the replica."""
     from vllm import envs
@@ -199,22 +199,25 @@ def test_a_worker_of_vllm_fits_into_its_bundle(fields, monkeypatch):
     asked = deployment._replica_config
     assert (asked.placement_group_bundles, asked.placement_group_strategy) == (bundles(spec(**fields)), "PACK")
     assert {bundle["GPU"] for bundle in asked.placement_group_bundles} == {envs.VLLM_RAY_PER_WORKER_GPUS}
-    assert RayExecutorV2._get_actor_resource_kwargs() == {"num_gpus": spec(**fields).gpus}
+    assert RayExecutorV2._get_actor_resource_kwargs() == {"num_gpus": spec(**fields).gpus_per_worker}
 
 
 def test_an_engine_on_a_part_of_a_gpu_takes_that_part_of_its_memory():
     """Unless it is told how much; vLLM's default, for a whole GPU, leaves nothing to the next engine."""
-    assert llm_config(spec(gpus=0.5)).engine_kwargs["gpu_memory_utilization"] == 0.46
+    assert llm_config(spec(gpus_per_worker=0.5)).engine_kwargs["gpu_memory_utilization"] == 0.46
     some = {"gpu_memory_utilization": 0.2}
-    assert llm_config(spec(gpus=0.5, engine_kwargs=some)).engine_kwargs["gpu_memory_utilization"] == 0.2
+    assert llm_config(spec(gpus_per_worker=0.5, engine_kwargs=some)).engine_kwargs["gpu_memory_utilization"] == 0.2
     for gpus in (0, 1):
-        assert "gpu_memory_utilization" not in llm_config(spec(gpus=gpus)).engine_kwargs
+        assert "gpu_memory_utilization" not in llm_config(spec(gpus_per_worker=gpus)).engine_kwargs
 
 
 def test_the_share_of_memory_is_vllms_own():
     from vllm import EngineArgs
 
-    assert llm_config(spec(gpus=0.5)).engine_kwargs["gpu_memory_utilization"] * 2 == EngineArgs.gpu_memory_utilization
+    assert (
+        llm_config(spec(gpus_per_worker=0.5)).engine_kwargs["gpu_memory_utilization"] * 2
+        == EngineArgs.gpu_memory_utilization
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,19 +254,23 @@ def test_all_accelerators_with_gpus_that_ray_knows(monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "nodes", "lacks"),
     [
-        ({"gpus": 0.1, "cpus": 0.5, "replicas": 20}, [GPU_NODE], None),
-        ({"gpus": 0.3333, "replicas": 6}, [GPU_NODE], None),
-        ({"gpus": 0.6, "replicas": 2}, [GPU_NODE], None),
-        ({"gpus": 0.6, "replicas": 3}, [GPU_NODE], "3 CPU, 1.8 GPU in 3 parts of 1 CPU, 0.6 GPU, 1 of which fits on a"),
+        ({"gpus_per_worker": 0.1, "num_cpus": 0.5, "replicas": 20}, [GPU_NODE], None),
+        ({"gpus_per_worker": 0.3333, "replicas": 6}, [GPU_NODE], None),
+        ({"gpus_per_worker": 0.6, "replicas": 2}, [GPU_NODE], None),
         (
-            {"gpus": 0.4, "replicas": 5},
+            {"gpus_per_worker": 0.6, "replicas": 3},
+            [GPU_NODE],
+            "3 CPU, 1.8 GPU in 3 parts of 1 CPU, 0.6 GPU, 1 of which fits on a",
+        ),
+        (
+            {"gpus_per_worker": 0.4, "replicas": 5},
             [GPU_NODE],
             "5 CPU, 2 GPU in 5 parts of 1 CPU, 0.4 GPU, 2 of which fit on a GPU",
         ),
         ({}, [GPU_NODE], None),
         ({"tensor_parallel_size": 4}, [GPU_NODE, GPU_NODE], None),
-        ({"gpus": 0, "cpus": 8}, [CPU_NODE], None),
-        ({"gpus": 0.5, "replicas": 4}, [GPU_NODE], None),
+        ({"gpus_per_worker": 0, "num_cpus": 8}, [CPU_NODE], None),
+        ({"gpus_per_worker": 0.5, "replicas": 4}, [GPU_NODE], None),
         ({"replicas": (1, 9)}, [GPU_NODE], None),
         ({}, [CPU_NODE], "asks for 1 CPU, 1 GPU; the cluster has 8 CPU, 0 GPU in total"),
         (
@@ -272,7 +279,11 @@ def test_all_accelerators_with_gpus_that_ray_knows(monkeypatch):
             "asks for 3 CPU, 3 GPU in 3 parts of 1 CPU, 1 GPU; the cluster has 16 CPU, 2 GPU",
         ),
         ({"accelerator_type": "B200"}, [GPU_NODE], "asks for 1 CPU, 1 GPU, B200; the cluster has 16 CPU, 2 GPU, H100"),
-        ({"gpus": 0, "cpus": 12}, [CPU_NODE, CPU_NODE], "the cluster has 16 CPU, 0 GPU in total, its nodes 8 CPU"),
+        (
+            {"gpus_per_worker": 0, "num_cpus": 12},
+            [CPU_NODE, CPU_NODE],
+            "the cluster has 16 CPU, 0 GPU in total, its nodes 8 CPU",
+        ),
         ({}, [], "the cluster has 0 GPU in total"),
     ],
 )

@@ -59,7 +59,7 @@ def stop(browser, application, conn_id="ray_1", headers=FROM_THE_PAGE, **more):
 def test_an_engine_with_all_that_is_known_of_it(viewer, monkeypatch):
     """Owner, model, replicas, age, lease, tasks with progress, rates, time left and failures, GPU time and money."""
     cluster = Cluster()
-    ref = cluster.deploy(model="org/model", gpus=1, tensor_parallel_size=2, replicas=3)
+    ref = cluster.deploy(model="org/model", gpus_per_worker=1, tensor_parallel_size=2, replicas=3)
     now = time.time()
     records = [
         record(now - 100 + at, at // 2, failures={"timeout": at // 20} if at >= 20 else {})

@@ -83,7 +83,7 @@ def records(number=30):
 def test_progress_is_followed_without_reloading(show):
     """The same elements change; an open panel plots what the job told before the page was opened."""
     cluster = Cluster()
-    ref = cluster.deploy(model="Qwen/Qwen3-8B", gpus=1, replicas=2)
+    ref = cluster.deploy(model="Qwen/Qwen3-8B", gpus_per_worker=1, replicas=2)
     told = records()
     name = cluster.work(ref, records=told)
     driver = show({"ray_1": cluster})

@@ -72,7 +72,13 @@ def spec(root, texts="abcdefghij", write=True, **fields):
     source = f"{root}/in/a.txt"
     if write:
         put(source, "".join(f"{text}\n" for text in texts))
-    defaults = {"prompt": "${text}", "source": source, "output": f"{root}/out", "block_rows": 3, "error_budget": 1}
+    defaults = {
+        "prompt": "${text}",
+        "source": source,
+        "output": f"{root}/out",
+        "block_rows": 3,
+        "max_failed_fraction": 1,
+    }
     return build(BatchSpec, {**defaults, **fields})
 
 
@@ -235,7 +241,13 @@ def test_only_what_can_change_an_answer_makes_another_task(root):
     if not root.startswith("s3"):
         fs, path = fsspec.url_to_fs(f"{root}/in/a.txt")
         fs.chmod(path, 0o600)
-    for fields in ({"replicas": 3}, {"hang_timeout": 5}, {"cpus": 7}, {"env": {"A": "b"}}, {"served_name": "x"}):
+    for fields in (
+        {"replicas": 3},
+        {"hang_timeout": 5},
+        {"num_cpus": 7},
+        {"env": {"A": "b"}},
+        {"served_model_name": "x"},
+    ):
         other = EngineSpec(**{**engine.model_dump(exclude_unset=True), **fields})
         assert answers(other)["fingerprint"] != answers(engine)["fingerprint"]
         again = EngineRef(**{**REF.model_dump(), **answers(other)})
@@ -457,7 +469,7 @@ def refusing(reason="invalid_request", message="no", of=lambda prompt: True):
 
 def test_a_task_ends_as_soon_as_its_budget_cannot_be_met(tmp_path):
     """What was answered stays; the rest is not paid for."""
-    task = spec(str(tmp_path), [str(i) for i in range(1000)], block_rows=10, error_budget=0.05)
+    task = spec(str(tmp_path), [str(i) for i in range(1000)], block_rows=10, max_failed_fraction=0.05)
     ask, asked = refusing(of=lambda prompt: int(prompt) % 4 == 0)
     with pytest.raises(BatchError, match=r"rows have failed already, .* allows 50 \(5.0%\): the rest is not asked"):
         attempt(task, ask=ask)
@@ -469,7 +481,7 @@ def test_a_task_ends_as_soon_as_its_budget_cannot_be_met(tmp_path):
 def test_a_task_whose_first_rows_all_fail_for_one_reason_ends(tmp_path):
     """Where nobody knows how many rows there are, too; unless any number may fail, or some are answered."""
     texts = [f"{i} {'x' * 100}" for i in range(2_000)]
-    few = {"block_rows": 10, "error_budget": 0.5}
+    few = {"block_rows": 10, "max_failed_fraction": 0.5}
     ask, asked = refusing(message="max_tokens is above the context")
     with pytest.raises(BatchError, match=r"all failed for one reason: .*told: max_tokens is above the context"):
         attempt(spec(str(tmp_path), texts, **few), ask=ask)
@@ -479,7 +491,9 @@ def test_a_task_whose_first_rows_all_fail_for_one_reason_ends(tmp_path):
     with pytest.raises(BatchError, match="1999 of 2000 rows failed, the error budget allows 1000"):
         attempt(spec(str(tmp_path), texts, **few, output=str(tmp_path / "b")), ask=ask)
     ask, asked = refusing()
-    report = attempt(spec(str(tmp_path), texts, **{**few, "error_budget": 1}, output=str(tmp_path / "c")), ask=ask)
+    report = attempt(
+        spec(str(tmp_path), texts, **{**few, "max_failed_fraction": 1}, output=str(tmp_path / "c")), ask=ask
+    )
     assert report.rows_quarantined == 2_000
 
 

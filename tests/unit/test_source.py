@@ -277,7 +277,7 @@ def test_a_column_that_nobody_needs_cannot_hurt(tmp_path, column, output_format)
 def test_a_value_that_a_template_needs_and_python_does_not_know_fails_its_row(tmp_path, column):
     """The others are answered."""
     write(tmp_path, "a.parquet", pa.table({"text": column}))
-    report = attempt(spec(tmp_path, error_budget=0.5))
+    report = attempt(spec(tmp_path, max_failed_fraction=0.5))
 
     assert (report.rows_written, report.failures) == (1, {"unreadable_value": 1})
 

@@ -25,10 +25,10 @@ def templated(value):
         (EngineSpec, {"name": "e", "model": "m", "modell": "x"}, "EngineSpec.modell: unknown field"),
         (EngineSpec, {"name": "e e", "model": "m"}, "EngineSpec.name"),
         (EngineSpec, {"name": "e"}, "EngineSpec.model"),
-        (EngineSpec, {"name": "e", "model": "m", "gpus": -1}, "EngineSpec.gpus"),
+        (EngineSpec, {"name": "e", "model": "m", "gpus_per_worker": -1}, "EngineSpec.gpus_per_worker"),
         (EngineSpec, {"name": "e", "model": "m", "replicas": 0}, "replicas: at least 1"),
         (EngineSpec, {"name": "e", "model": "m", "replicas": (3, 2)}, "replicas: (min, max)"),
-        (EngineSpec, {"name": "e", "model": "m", "gpus": 0, "accelerator_type": "H100"}, "accelerator_type"),
+        (EngineSpec, {"name": "e", "model": "m", "gpus_per_worker": 0, "accelerator_type": "H100"}, "accelerator_type"),
         (EngineSpec, {"name": "e", "model": "m", "env": {"A": "b"}, "secret_env": {"A": "/b"}}, "secret_env.A"),
         (EngineSpec, {"name": "e", "model": "m", "engine_kwargs": {"model": "n"}}, "set EngineSpec.model instead"),
         (EngineSpec, {"name": "e", "model": "m", "lease": {"idle": 3}}, "EngineSpec.lease.idle: unknown field"),
@@ -45,7 +45,7 @@ def templated(value):
         (BatchSpec, {**BATCH, "extra_body": {"stream": True}}, "extra_body.stream: not accepted here"),
         (BatchSpec, {**BATCH, "truncate_prompt_tokens": 0}, "truncate_prompt_tokens: 0 leaves nothing"),
         (BatchSpec, {**BATCH, "truncation_side": "left"}, "truncation_side: nothing is cut without"),
-        (BatchSpec, {**BATCH, "error_budget": 1.5}, "BatchSpec.error_budget"),
+        (BatchSpec, {**BATCH, "max_failed_fraction": 1.5}, "BatchSpec.max_failed_fraction"),
         (BatchSpec, {**BATCH, "deduplicate": True}, "deduplicate: needs temperature 0"),
         (BatchSpec, {"source": "a", "output": "b", "messages": [{"content": "x"}]}, "role and content"),
         (
@@ -66,14 +66,18 @@ def test_a_bad_value_is_named(spec, value, named):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"gpus": 2}, "gpus: at most 1 for each vLLM worker, got 2; for an engine on several GPUs set tensor_parallel"),
-        ({"gpus": 0.5, "tensor_parallel_size": 2}, "several of this engine's 2 workers on one GPU"),
-        ({"gpus": 0.25, "pipeline_parallel_size": 3}, "several of this engine's 3 workers on one GPU"),
-        ({"gpus": 0.4, "engine_kwargs": {"gpu_memory_utilization": 0.5}}, "0.5 of a GPU's memory, but gpus is 0.4"),
+        (
+            {"gpus_per_worker": 2},
+            "gpus_per_worker: at most 1, got 2; for an engine on several GPUs set tensor_parallel",
+        ),
+        ({"gpus_per_worker": 0.5, "tensor_parallel_size": 2}, "several of this engine's 2 workers on one GPU"),
+        ({"gpus_per_worker": 0.25, "pipeline_parallel_size": 3}, "several of this engine's 3 workers on one GPU"),
+        ({"gpus_per_worker": 0.4, "engine_kwargs": {"gpu_memory_utilization": 0.5}}, "but gpus_per_worker is 0.4"),
         ({"engine_kwargs": {"data_parallel_size": 2}}, "engine_kwargs.data_parallel_size: set EngineSpec.replicas"),
         ({"engine_kwargs": {"data_parallel_backend": "ray"}}, "data_parallel_backend: set EngineSpec.replicas"),
-        ({"engine_kwargs": {"distributed_executor_backend": "mp"}}, "EngineSpec.gpus decides"),
+        ({"engine_kwargs": {"distributed_executor_backend": "mp"}}, "EngineSpec.gpus_per_worker decides"),
         ({"engine_kwargs": {"prefill_context_parallel_size": 2}}, "set EngineSpec.tensor_parallel_size"),
+        ({"engine_kwargs": {"served_model_name": "x"}}, "set EngineSpec.served_model_name instead"),
         ({"engine_kwargs": {"device_ids": [1]}}, "set EngineSpec.accelerator_type"),
         ({"engine_kwargs": {"nnodes": 2}}, "Ray chooses the nodes"),
         ({"engine_kwargs": {"max_num_queued_reqs": 9}}, "set max_num_seqs"),
@@ -81,7 +85,7 @@ def test_a_bad_value_is_named(spec, value, named):
         ({"engine_kwargs": {"skip_tokenizer_init": True}}, "rows are text"),
         ({"engine_kwargs": {"ssl_keyfile": "k"}}, "engine_kwargs.ssl_keyfile: an engine has no HTTP endpoint"),
         ({"engine_kwargs": {"disable_log_stats": True}, "log_engine_metrics": True}, "needs these statistics"),
-        ({"env": {"VLLM_RAY_PER_WORKER_GPUS": "0.5"}}, "env.VLLM_RAY_PER_WORKER_GPUS: set EngineSpec.gpus"),
+        ({"env": {"VLLM_RAY_PER_WORKER_GPUS": "0.5"}}, "VLLM_RAY_PER_WORKER_GPUS: set EngineSpec.gpus_per_worker"),
         ({"secret_env": {"VLLM_DP_SIZE": "/two"}}, "secret_env.VLLM_DP_SIZE: set EngineSpec.replicas"),
         ({"env": {"CUDA_VISIBLE_DEVICES": "1"}}, "env.CUDA_VISIBLE_DEVICES: Ray chooses the GPUs"),
     ],
@@ -97,14 +101,14 @@ def test_what_contradicts_an_engines_resources_is_refused(fields, named):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"gpus": 0.25},
-        {"gpus": 0.6, "tensor_parallel_size": 2},
-        {"gpus": 0.5, "engine_kwargs": {"gpu_memory_utilization": 0.5}},
+        {"gpus_per_worker": 0.25},
+        {"gpus_per_worker": 0.6, "tensor_parallel_size": 2},
+        {"gpus_per_worker": 0.5, "engine_kwargs": {"gpu_memory_utilization": 0.5}},
         {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "replicas": 3},
         {"engine_kwargs": {"enable_expert_parallel": True, "worker_cls": "auto", "decode_context_parallel_size": 1}},
         {"engine_kwargs": {"disable_log_stats": False}, "log_engine_metrics": True},
-        {"gpus": 0, "env": {"CUDA_VISIBLE_DEVICES": ""}},
-        {"gpus": 0, "tensor_parallel_size": 2},
+        {"gpus_per_worker": 0, "env": {"CUDA_VISIBLE_DEVICES": ""}},
+        {"gpus_per_worker": 0, "tensor_parallel_size": 2},
     ],
 )
 def test_what_an_engine_can_be_given(fields):
@@ -125,8 +129,8 @@ def test_what_airflow_fills_in_later_is_not_checked_yet():
     """A template may stand for any value; the fields beside it are checked all the same."""
     check_unrendered(BatchSpec, {**BATCH, "max_tokens": "{{ params.n }}"}, templated)
 
-    with pytest.raises(SpecError, match="error_budget"):
-        check_unrendered(BatchSpec, {**BATCH, "max_tokens": "{{ params.n }}", "error_budget": 7}, templated)
+    with pytest.raises(SpecError, match="max_failed_fraction"):
+        check_unrendered(BatchSpec, {**BATCH, "max_tokens": "{{ params.n }}", "max_failed_fraction": 7}, templated)
     with pytest.raises(SpecError, match="promt: unknown field"):
         check_unrendered(BatchSpec, {"source": "a", "promt": "{{ x }}", "output": "b"}, templated)
     with pytest.raises(SpecError, match="exactly one"):

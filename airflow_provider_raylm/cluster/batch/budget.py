@@ -96,13 +96,18 @@ def require_hope(spec: BatchSpec, total: int | None, tally: Tally) -> None:
     Raises:
         BatchError: asking the rest would be in vain.
     """
-    if total is not None and tally.quarantined > (allowed := math.floor(spec.error_budget * total)):
+    if total is not None and tally.quarantined > (allowed := math.floor(spec.max_failed_fraction * total)):
         raise BatchError(
             f"{tally.quarantined} of {total} rows have failed already, the error budget allows {allowed} "
-            f"({spec.error_budget:.1%}): the rest is not asked. {_what_failed(spec, tally.failures)}"
+            f"({spec.max_failed_fraction:.1%}): the rest is not asked. {_what_failed(spec, tally.failures)}"
         )
     nothing_answered = not tally.written and not tally.kept
-    if spec.error_budget < 1 and nothing_answered and len(tally.failures) == 1 and len(tally.failed) >= HOPELESS_BLOCKS:
+    if (
+        spec.max_failed_fraction < 1
+        and nothing_answered
+        and len(tally.failures) == 1
+        and len(tally.failed) >= HOPELESS_BLOCKS
+    ):
         raise BatchError(
             f"the first {tally.quarantined} rows all failed for one reason: the rest is not asked. The first was told: "
             f"{tally.message} {_what_failed(spec, tally.failures)}"
@@ -115,11 +120,11 @@ def require_budget(spec: BatchSpec, report: BatchReport) -> None:
     Raises:
         BatchError: it has.
     """
-    allowed = math.floor(spec.error_budget * report.rows_in)
+    allowed = math.floor(spec.max_failed_fraction * report.rows_in)
     if report.rows_quarantined > allowed:
         raise BatchError(
             f"{report.rows_quarantined} of {report.rows_in} rows failed, the error budget allows {allowed} "
-            f"({spec.error_budget:.1%}). {_what_failed(spec, report.failures)}"
+            f"({spec.max_failed_fraction:.1%}). {_what_failed(spec, report.failures)}"
         )
 
 
@@ -128,5 +133,5 @@ def _what_failed(spec: BatchSpec, failures: dict[str, int]) -> str:
     return (
         f"Commonest: {', '.join(f'{reason} ({rows} rows)' for reason, rows in commonest)}. The failed rows with their "
         f"messages are in {spec.quarantine_uri}; what was answered stays in {spec.output}. Fix the cause and retry, or "
-        "raise error_budget."
+        "raise max_failed_fraction."
     )

@@ -65,16 +65,16 @@ def llm_deployment(spec: EngineSpec) -> Any:
         replicas = {"autoscaling_config": scaling}
     around = entered()
     env = {name: value for name, value in around.env_vars.items() if name not in spec.secret_env} | spec.env
-    if spec.gpus:
+    if spec.gpus_per_worker:
         # Read by vLLM's engine process, a child of the replica: what each of its workers asks of its bundle. Ray only
         # sets it for the task that makes vLLM's configuration, and refuses a whole GPU's worker in a part's bundle.
-        env["VLLM_RAY_PER_WORKER_GPUS"] = str(spec.gpus)
+        env["VLLM_RAY_PER_WORKER_GPUS"] = str(spec.gpus_per_worker)
     # The job's, so that the replica finds this package; but not its variables, which carry the request.
     runtime_env = {**ray.get_runtime_context().runtime_env, "env_vars": env}
     deployment = serve.deployment(
         name=ENGINE_DEPLOYMENT,
         max_ongoing_requests=spec.max_ongoing_requests,
-        ray_actor_options={"num_cpus": spec.cpus, "runtime_env": runtime_env},
+        ray_actor_options={"num_cpus": spec.num_cpus, "runtime_env": runtime_env},
         placement_group_bundles=bundles(spec),
         placement_group_strategy=PLACEMENT,
         # A start that failed fails again; the task's own retry is the place to try once more.
@@ -96,7 +96,7 @@ def llm_deployment(spec: EngineSpec) -> Any:
 
 def hang_timeout(spec: EngineSpec) -> float:
     """Return the seconds without a sign of life after which a replica is replaced."""
-    return spec.hang_timeout or _HANG_TIMEOUT_S[spec.gpus > 0]
+    return spec.hang_timeout or _HANG_TIMEOUT_S[spec.gpus_per_worker > 0]
 
 
 def llm_config(spec: EngineSpec, adapters: Mapping[str, Any] | None = None) -> Any:
@@ -111,10 +111,11 @@ def llm_config(spec: EngineSpec, adapters: Mapping[str, Any] | None = None) -> A
     """
     from ray.serve.llm import LLMConfig
 
+    gpus = spec.gpus_per_worker
     at_start = {"secret_env": dict(spec.secret_env), "download": not spec.model.startswith("/")}
     return LLMConfig(
         model_loading_config={
-            "model_id": spec.served_model_name,
+            "model_id": spec.effective_model_name,
             "model_source": spec.model,
             **({"tokenizer_source": spec.tokenizer} if spec.tokenizer else {}),
         },
@@ -123,7 +124,7 @@ def llm_config(spec: EngineSpec, adapters: Mapping[str, Any] | None = None) -> A
             "performance_mode": "throughput",
             "disable_log_stats": not spec.log_engine_metrics,
             # vLLM would take a whole GPU's memory, and the next engine on it would not start.
-            **({"gpu_memory_utilization": round(_MEMORY_SHARE * spec.gpus, 4)} if 0 < spec.gpus < 1 else {}),
+            **({"gpu_memory_utilization": round(_MEMORY_SHARE * gpus, 4)} if 0 < gpus < 1 else {}),
             **({} if spec.task == "generate" else {"runner": "pooling"}),
             **(adapters or {}),
             **spec.engine_kwargs,
@@ -132,10 +133,10 @@ def llm_config(spec: EngineSpec, adapters: Mapping[str, Any] | None = None) -> A
             **({"tokenizer": spec.tokenizer} if spec.tokenizer else {}),
         },
         accelerator_type=spec.accelerator_type,
-        accelerator_config={"kind": "gpu" if spec.gpus else "cpu"},
+        accelerator_config={"kind": "gpu" if gpus else "cpu"},
         # The replica's own CPUs are in the first of these bundles, too: resources.bundles says all.
-        placement_group_config={"bundle_per_worker": {"GPU": spec.gpus}} if spec.gpus else {"bundles": [{"CPU": 0}]},
-        deployment_config={"ray_actor_options": {"num_cpus": spec.cpus}},
+        placement_group_config={"bundle_per_worker": {"GPU": gpus}} if gpus else {"bundles": [{"CPU": 0}]},
+        deployment_config={"ray_actor_options": {"num_cpus": spec.num_cpus}},
         callback_config={"callback_class": f"{_REPLICA}.NodeStart", "callback_kwargs": at_start},
         log_engine_metrics=spec.log_engine_metrics,
     )

@@ -17,13 +17,13 @@ def bundles(spec: EngineSpec) -> list[Bundle]:
     One bundle per vLLM worker, the first of which also holds the replica; without a GPU the workers are processes
     of the replica itself.
     """
-    if not spec.gpus:
-        return [{"CPU": spec.cpus}]
-    worker: Bundle = {"GPU": spec.gpus}
+    if not spec.gpus_per_worker:
+        return [{"CPU": spec.num_cpus}]
+    worker: Bundle = {"GPU": spec.gpus_per_worker}
     if spec.accelerator_type:
         worker[f"accelerator_type:{spec.accelerator_type}"] = 0.001
     workers = [dict(worker) for _ in range(spec.workers)]
-    workers[0]["CPU"] = spec.cpus
+    workers[0]["CPU"] = spec.num_cpus
     return workers
 
 
@@ -44,8 +44,9 @@ def shortage(spec: EngineSpec, nodes: list[Bundle]) -> str | None:
         if not any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes)
     ]
     # Ray never puts a fraction together from two GPUs, so that 0.6 leaves 0.4 that nobody like it can use.
-    on_one = int(1 / spec.gpus + _ROUNDING) if 0 < spec.gpus < 1 else 1
-    crowded = 0 < spec.gpus < 1 and int(there.get("GPU", 0.0)) * on_one < len(asked)
+    shared = 0 < spec.gpus_per_worker < 1
+    on_one = int(1 / spec.gpus_per_worker + _ROUNDING) if shared else 1
+    crowded = shared and int(there.get("GPU", 0.0)) * on_one < len(asked)
     if not lacking and not homeless and not crowded:
         return None
     return (
@@ -54,8 +55,8 @@ def shortage(spec: EngineSpec, nodes: list[Bundle]) -> str | None:
         + (f", {on_one} of which fit{'s' * (on_one == 1)} on a GPU" if crowded else "")
         + f"; the cluster has {show(there)} in total"
         + (f", its nodes {'; '.join(show(node) for node in nodes)}" if len(nodes) > 1 else "")
-        + ". Ask for less (gpus, cpus, accelerator_type, tensor_parallel_size, replicas), or add nodes; on a cluster "
-        "that grows by itself, raise scale_up_timeout."
+        + ". Ask for less (gpus_per_worker, num_cpus, accelerator_type, tensor_parallel_size, replicas), or add nodes; "
+        "on a cluster that grows by itself, raise scale_up_timeout."
     )
 
 

@@ -4,7 +4,7 @@ from airflow.sdk import DAG
 
 from airflow_provider_raylm.authoring import shared_engine
 
-ENGINE = {"model": "{{ params.model }}", "gpus": 0, "cpus": 0.3, "hang_timeout": 60}
+ENGINE = {"model": "{{ params.model }}", "gpus_per_worker": 0, "num_cpus": 0.3, "hang_timeout": 60}
 OURS = {"py_modules": ["authors_rows"], "env_vars": {"AUTHORS_OWN": "{{ dag.dag_id }}"}}
 ASK = {"max_tokens": 1, "block_rows": 16}
 
