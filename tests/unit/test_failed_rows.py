@@ -84,7 +84,8 @@ def test_no_row_is_in_the_log(row, tmp_path):
         asked |= {"max_tokens": "${budget}"}
     if "raise" in (row.get("text") or ""):
         asked |= {"preprocess": f"{__name__}:raising"}
-    spec = BatchSpec(source=f"{tmp_path}/in.jsonl", output=f"{tmp_path}/out", id_column="id", error_budget=1, **asked)
+    asked |= {"id_column": "id", "max_failed_fraction": 1}
+    spec = BatchSpec(source=f"{tmp_path}/in.jsonl", output=f"{tmp_path}/out", **asked)
     tally = Tally()
     attempt(spec, ask=quoting, tally=tally)
     line = progress_line(1, tally.progress(1))
