@@ -122,7 +122,8 @@ def engine_spec(model, secret):
         "served_model_name": "tiny",
         "gpus_per_worker": 0,
         "num_cpus": 0.5,
-        "engine_kwargs": ENGINE_KWARGS,
+        # Chats take vLLM's own way with a parser; those of images are asked of an engine without one.
+        "engine_kwargs": {**ENGINE_KWARGS, "tool_call_parser": "hermes", "enable_auto_tool_choice": True},
         "secret_env": dict.fromkeys(SECRET_NAMES, str(secret)),
     }
 

@@ -3,8 +3,8 @@
 Reads {"model", "prompts", "chats", "max_tokens", "schema", "choice", "regex", "grammar"} from the file named
 first; writes answers to the second: to "prompts" and "chats"; "stops", pairs of sampling parameters that end
 answers early, and the answers to the prompts then; answers of the "schema", the "choice", the "regex" and the
-"grammar"; "own", with parameters of each prompt's own; "several" for each; and "kept", what else there is of an
-answer.
+"grammar"; "tools", which the "chats" have to use; "own", with parameters of each prompt's own; "several" for
+each; and "kept", what else there is of an answer.
 """
 
 import json
@@ -53,6 +53,11 @@ def main(request: Path, answers: Path) -> None:
         )
         return texts(llm.generate(task["prompts"], parameters, use_tqdm=False))
 
+    # What vLLM makes of a tool that has to be used: an answer of its parameters' schema.
+    parameters = SamplingParams(
+        **greedy | {"max_tokens": TYPED_TOKENS}, structured_outputs=StructuredOutputsParams(json=task["schema"])
+    )
+    tools = llm.chat(task["chats"], parameters, tools=[tool_of(task["schema"])], use_tqdm=False)
     own = [SamplingParams(**own_of(i)) for i in range(len(task["prompts"]))]
     several = llm.generate(task["prompts"], SamplingParams(n=2, top_k=1, max_tokens=6), use_tqdm=False)
     kept = llm.generate(task["prompts"], SamplingParams(**greedy, logprobs=2), use_tqdm=False)
@@ -64,6 +69,7 @@ def main(request: Path, answers: Path) -> None:
         "choice": typed(choice=task["choice"]),
         "regex": typed(regex=task["regex"]),
         "grammar": typed(grammar=task["grammar"]),
+        "tools": texts(tools),
         "own": texts(llm.generate(task["prompts"], own, use_tqdm=False)),
         "several": [[one.text for one in output.outputs] for output in several],
         "kept": [
@@ -87,6 +93,11 @@ def stay_in_process():
 
 def texts(outputs):
     return [output.outputs[0].text for output in outputs]
+
+
+def tool_of(schema):
+    """Return a tool with parameters of that schema."""
+    return {"type": "function", "function": {"name": "rate", "description": "Rate a text.", "parameters": schema}}
 
 
 def own_of(row):

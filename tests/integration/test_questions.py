@@ -10,7 +10,7 @@ import pytest
 
 from airflow_provider_raylm.errors import BatchError
 from tests.integration.conftest import CHATS, CHOICE, GRAMMAR, MAX_TOKENS, REGEX, ROWS, SCHEMA
-from tests.offline import TYPED_TOKENS, own_of
+from tests.offline import TYPED_TOKENS, own_of, tool_of
 
 CUT_TOKENS = 12
 CUT = {"truncate_prompt_tokens": CUT_TOKENS, "truncation_side": "left"}
@@ -122,6 +122,23 @@ def test_conversations_equal_offline_vllm(infer, texts, offline, tmp_path):
     _, found = infer(prompt=None, messages=messages, source=str(tmp_path / "in.parquet"))
 
     assert [row["response"] for row in found] == offline["chats"]
+
+
+def test_tools_equal_offline_vllm(infer, texts, offline, tmp_path):
+    """One that has to be used: a column of its name and arguments, beside an empty answer."""
+    pq.write_table(pa.table({"text": texts[:CHATS]}), tmp_path / "in.parquet")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "${text}"}]
+    chosen = {"type": "function", "function": {"name": "rate"}}
+    told = {"tools": [tool_of(SCHEMA)], "tool_choice": chosen}
+    asked = {"messages": messages, "keep": ["tool_calls"], "extra_body": told, "max_tokens": TYPED_TOKENS}
+    report, found = infer(prompt=None, source=str(tmp_path / "in.parquet"), **asked)
+
+    calls = [row["response_tool_calls"] for row in found]
+    assert [[(call["name"], call["arguments"]) for call in of_row] for of_row in calls] == [
+        [("rate", text)] for text in offline["tools"]
+    ]
+    assert len(set(offline["tools"])) > 5, "answers must tell rows apart"
+    assert (report["failures"], {row["response"] for row in found}) == ({}, {""})
 
 
 @pytest.mark.parametrize(

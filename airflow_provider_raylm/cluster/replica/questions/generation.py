@@ -242,11 +242,13 @@ class Chat(Generation):
     def __init__(self, vllm: Vllm, fields: dict[str, Any], keep: Sequence[str]) -> None:
         # What a reasoning or tool parser changes in a request and takes from its answer is vLLM's own affair.
         self._parser = vllm.serving(self._part, self.field).parser_cls
-        for name, part in (("reasoning", "reasoning_parser_cls"), ("tool_calls", "tool_parser_cls")):
+        for name, part, options in (
+            ("reasoning", "reasoning_parser_cls", "'reasoning_parser': …"),
+            ("tool_calls", "tool_parser_cls", "'tool_call_parser': …, 'enable_auto_tool_choice': True"),
+        ):
             if name in keep and getattr(self._parser, part, None) is None:
-                option = part.removesuffix("_cls").replace("tool_parser", "tool_call_parser")
                 raise ValueError(
-                    f"keep={name!r}: the engine has no parser for it; deploy it with engine_kwargs={{{option!r}: …}}."
+                    f"keep={name!r}: the engine has no parser for it; deploy it with engine_kwargs={{{options}}}."
                 )
         if self._parser is not None and {"token_ids", "prompt_token_ids"} & set(keep):
             fields = {**fields, "return_token_ids": True}
