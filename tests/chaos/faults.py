@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,9 @@ LITTLE_ROWS = 480
 SCALED_S = 180
 POISONED_ROWS = 10_000
 SMALL_DISK = "128k"
-# Of an engine whose deploy is killed, and the seconds that its deploy, and any engine's teardown, take at least.
+# Of an engine whose deploy is killed, further fields; and the seconds that its deploy, and any engine's teardown, take
+# at least.
+HALF: dict[str, Any] = {}
 DEPLOY_S = 10
 TEARDOWN_S = 8
 Fault = Callable[[Scene], Accounts]
@@ -350,7 +353,7 @@ def broken_model(scene):
 @fault
 def deploy_killed(scene):
     """Nobody is left to clean up but the lease."""
-    job = scene.cluster.start("deploy", scene.wanted("half"))
+    job = scene.cluster.start("deploy", scene.wanted("half", **HALF))
     started = time.monotonic()
     scene.until(lambda: scene.replica(application("half")), 60)
     time.sleep(scene.chance.uniform(0, DEPLOY_S))

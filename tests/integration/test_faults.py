@@ -31,7 +31,7 @@ FEW = {
     "LITTLE_ROWS": 320,
     "SMALL_DISK": "48k",
     # It is loading when its deploy is killed.
-    "HALF": {"deploy_timeout": 12, "lease": {"idle_timeout": 2, "max_lifetime": 3600}, "env": {LOADS_FOR: "600"}},
+    "HALF": {"env": {LOADS_FOR: "600"}},
     "DEPLOY_S": 1,
     "TEARDOWN_S": 2,
 }
