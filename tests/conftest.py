@@ -124,6 +124,8 @@ def engine_spec(model, secret):
         "num_cpus": 0.5,
         # Chats take vLLM's own way with a parser; those of images are asked of an engine without one.
         "engine_kwargs": {**ENGINE_KWARGS, "tool_call_parser": "hermes", "enable_auto_tool_choice": True},
+        # Else vLLM holds a tool's arguments to a grammar of its own, with white space, of which the model finds no end.
+        "env": {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"},
         "secret_env": dict.fromkeys(SECRET_NAMES, str(secret)),
     }
 
