@@ -236,8 +236,9 @@ class Scene:
         return busy < IDLE_PERCENT
 
     def driver(self, verb="infer"):
-        """Return the process of a job's driver, or None."""
-        return self.process(f"airflow_provider_raylm.cluster {verb}")
+        """Return the process of a job's driver, or None; not the shell that Ray runs it by, which dies alone."""
+        found = self.cluster.processes(f"airflow_provider_raylm.cluster {verb}")
+        return next((process for process in found if "-c" not in process.info["cmdline"][:2]), None)
 
     def dashboard(self):
         """Return the process that answers the Jobs API."""
