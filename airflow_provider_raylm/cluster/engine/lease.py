@@ -101,8 +101,12 @@ class LeaseKeeper:
         """Take the engine's reference, which Serve shows to whoever looks for the engine, and do nothing with it."""
 
     async def awaited(self) -> None:
-        """Take note that somebody waits until the engine is up; who is the first to know that it is calls ``renew``."""
-        self._awaited_at = time.time()
+        """Take note that somebody waits until the engine is up; who is the first to know that it is calls ``renew``.
+
+        From then on it is in use, whoever still waits, or says so late.
+        """
+        if self._awaited_at is not None:
+            self._awaited_at = time.time()
 
     async def renew(self, output: str | None = None, attempt: str = "") -> list[str]:
         """Begin the idle time anew, and return the outputs of the tasks that work; *output*'s is one of them.
