@@ -82,7 +82,8 @@ def _plan_files() -> dict[str, float]:
 
 def _resume_rows() -> dict[str, float]:
     from airflow_provider_raylm.cluster.batch.fragments import File, Fragment, Reading
-    from airflow_provider_raylm.cluster.batch.output import Output, Parts
+    from airflow_provider_raylm.cluster.batch.output import Output
+    from airflow_provider_raylm.cluster.batch.parts import Parts
     from airflow_provider_raylm.cluster.batch.plan import Plan
     from airflow_provider_raylm.specs import BatchSpec
 

@@ -72,7 +72,7 @@ def handle(*outcomes, **fields):
 
 
 async def ask(handle):
-    return [part async for part in handle.ask("{}", ["a"], alone=False, near=None)]
+    return [part async for part in handle.ask("{}", [Request("a")], alone=False, near=None)]
 
 
 def part(*outcomes, begun=True, replica="a"):
@@ -82,12 +82,12 @@ def part(*outcomes, begun=True, replica="a"):
 async def test_a_block_comes_in_parts():
     """With all that the engine has to know."""
     deployment = Deployment(part(begun=False), part("A"))
-    asked = Handle(deployment, REF, "/out", 5.0, "me").ask("{}", ["a"], alone=True, near="here")
+    asked = Handle(deployment, REF, "/out", 5.0, "me").ask("{}", [Request("a")], alone=True, near="here")
 
     assert [one async for one in asked] == [[], part("A").outcomes]
     assert deployment.request == {
         "question": "{}",
-        "requests": ["a"],
+        "requests": [Request("a")],
         "rows": 1,
         "alone": True,
         "near": "here",
@@ -162,7 +162,7 @@ async def test_a_replica_that_was_stopped_in_good_order_accuses_nobody(looks, be
         one._handle.abouts = [{**ABOUT, "replica": replica} for replica in listed]
         await one.look()
     with pytest.raises(EngineFailure) as failure:
-        async for _ in one.ask("{}", ["a", "b"], alone=False, near=None):
+        async for _ in one.ask("{}", [Request("a"), Request("b")], alone=False, near=None):
             pass
 
     assert failure.value.begun == begun

@@ -8,7 +8,7 @@ import pytest
 from airflow_provider_raylm.cluster import surroundings
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
-from airflow_provider_raylm.cluster.batch.output import Written
+from airflow_provider_raylm.cluster.batch.parts import Written
 from airflow_provider_raylm.cluster.batch.report import COUNTS, ENGINE_COUNTS, Tally, count_block
 from airflow_provider_raylm.cluster.batch.stage import MESSAGE, REASON, Answered
 from airflow_provider_raylm.cluster.surroundings import Surroundings

@@ -1,10 +1,11 @@
 """How much is in flight at a time, and in which order its results come."""
 
 import asyncio
+import time
 
 import pytest
 
-from airflow_provider_raylm.cluster.batch.loop import drained, in_threads
+from airflow_provider_raylm.cluster.batch.loop import drained, gathered, in_threads
 from airflow_provider_raylm.cluster.batch.window import Window, in_order
 from airflow_provider_raylm.errors import BatchError, EngineError
 from tests.clock import on_a_clock
@@ -201,3 +202,16 @@ def test_a_generator_of_a_loop_is_drained_in_a_thread():
     assert next(early) == 0
     early.close()
     assert closed == [3, 2, 10**9]
+
+
+def test_results_that_come_close_together_are_yielded_together():
+    """The last at once: their end is not waited out."""
+
+    async def numbers():
+        for number in range(4):
+            await asyncio.sleep(0)
+            yield number
+
+    began = time.monotonic()
+    assert list(gathered(numbers, 60.0)) == [[0, 1, 2, 3]]
+    assert time.monotonic() - began < 30

@@ -1,8 +1,7 @@
 """Where answers go: one part for each block, a quarantine beside it, and a manifest that says how far it is.
 
-A file appears whole or not at all, so a kill falls between two writes. The order of the writes makes every such moment
-tell the truth: a block is done when its part of answers is there and none of failed rows. So failed rows are written
-before answers; and where a retry adds answers to a part, before what had failed is taken away.
+A file appears whole or not at all, so a kill falls between two writes; the manifest says what is being done before it
+is.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from airflow_provider_raylm.cluster.batch.encoding import encode, writable
-from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
+from airflow_provider_raylm.cluster.batch.parts import PART, Parts
 from airflow_provider_raylm.cluster.batch.storage import REQUESTS_AT_A_TIME, Place, reading
 from airflow_provider_raylm.errors import BatchError
-from airflow_provider_raylm.specs import BatchReport, BatchSpec, OutputFormat
+from airflow_provider_raylm.specs import BatchReport, BatchSpec
 
 MANIFEST = "_manifest.json"
-PART = "part-"
 _PART = re.compile(r"part-(\d{5,}-\d{9,})-(\d+)\.(?:parquet|jsonl)")
 # The name of a part without rows: it only has the columns.
 _EMPTY = f"{PART}{0:05d}-{0:09d}-0"
@@ -49,92 +47,6 @@ class Progress:
     done: Mapping[str, int] = field(default_factory=dict)
     failed: frozenset[str] = frozenset()
     partly: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Written:
-    """What an earlier attempt wrote of a block.
-
-    Attributes:
-        name: the block's.
-        rows: how many it has in all.
-        had_failed: whether the quarantine has a part of it.
-        ids: rows that were answered.
-        content: the part that they are in; empty without any.
-    """
-
-    name: str
-    rows: int
-    had_failed: bool = False
-    ids: frozenset[str] = frozenset()
-    content: bytes = field(default=b"", repr=False)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a folder of answers and of its quarantine.
-
-    Args:
-        answers: the folder of answers.
-        quarantine: that of failed rows.
-        format: of both.
-    """
-
-    answers: Place
-    quarantine: Place
-    format: OutputFormat
-
-    def names(self) -> tuple[list[str], list[str]]:
-        """Return the file names of the parts in both folders, as they are now."""
-        every = set(self.answers.files())
-        if not f"{self.quarantine.path}/".startswith(f"{self.answers.path}/"):
-            every |= set(self.quarantine.files())
-        folders = [self.answers.path, self.quarantine.path]
-        answers, failed = ([p.rpartition("/")[2] for p in every if p.rpartition("/")[0] == path] for path in folders)
-        return sorted(n for n in answers if n.startswith(PART)), sorted(n for n in failed if n.startswith(PART))
-
-    def write(self, block: Written, answered: pa.Table, failed: pa.Table) -> None:
-        """Write what came of a block, beside what an earlier attempt wrote of it.
-
-        Raises:
-            BatchError: the storage refused, or the rows do not add up.
-        """
-        if answered.num_rows + failed.num_rows + len(block.ids) != block.rows:
-            raise BatchError(f"{answered.num_rows} answered and {failed.num_rows} failed rows of {block}")
-        name = f"{PART}{block.name}-{block.rows}.{self.format}"
-        if failed.num_rows and not block.ids:
-            self.quarantine.below(name).write(encode(failed, self.format))
-        if answered.num_rows:
-            self.answers.below(name).write(self._joined(block.content, answered))
-        if failed.num_rows and block.ids:
-            self.quarantine.below(name).write(encode(failed, self.format))
-        elif not failed.num_rows and block.had_failed:
-            self.quarantine.below(name).delete()
-
-    def _joined(self, content: bytes, answered: pa.Table) -> bytes:
-        if not content:
-            return encode(answered, self.format)
-        if self.format == "jsonl":
-            return content + encode(answered, self.format)
-        before = pq.read_table(io.BytesIO(content))
-        return encode(pa.concat_tables([before, answered], promote_options="permissive"), self.format)
-
-    def written(self, name: str, rows: int, progress: Progress) -> Written:
-        """Return what an earlier attempt wrote of a block.
-
-        Raises:
-            BatchError: its part cannot be read.
-        """
-        if name not in progress.partly:
-            return Written(name, rows, had_failed=name in progress.failed)
-        place = self.answers.below(f"{PART}{name}-{rows}.{self.format}")
-        with reading(place.uri, self.format):
-            content = place.read()
-            if self.format == "parquet":
-                ids = pq.read_table(io.BytesIO(content), columns=[ROW_ID])[ROW_ID].to_pylist()
-            else:
-                ids = [json.loads(line)[ROW_ID] for line in content.splitlines()]
-        return Written(name, rows, had_failed=True, ids=frozenset(ids), content=content)
 
 
 class Output:

@@ -26,7 +26,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from airflow_provider_raylm.cluster.batch.affinity import by_prefix
 from airflow_provider_raylm.cluster.batch.asking import Handle, once
-from airflow_provider_raylm.cluster.batch.loop import drained
+from airflow_provider_raylm.cluster.batch.loop import gathered
 from airflow_provider_raylm.cluster.batch.recovery import Recovery
 from airflow_provider_raylm.cluster.batch.report import COUNTS, Tally
 from airflow_provider_raylm.cluster.batch.rows import EngineTraits
@@ -44,6 +44,10 @@ HEARTBEAT_PERIOD_S = 10.0
 SAY_PERIOD_S = 30.0
 LOOK_PERIOD_S = 10.0
 LOOK_TIMEOUT_S = 120.0
+# What Ray Data does with each thing that a stage yields takes five milliseconds of processor time.
+HAND_ON_PERIOD_S = 0.25
+# One row for many blocks: Ray Data would cut a table of several rows into one for each.
+_HANDED_ON = pa.schema([("blocks", pa.list_(pa.struct(list(COUNTS))))])
 
 # The stage waits most of the time: a fraction lets it run beside an engine that holds most CPUs.
 STAGE_CPUS = 0.1
@@ -130,7 +134,7 @@ def _blocks(work: Work) -> Iterator[dict[str, Any]]:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Ray Data gathers what a task yields up to this size: hand each block's counts on at once.
+    # Ray Data gathers what a task yields up to this size: hand counts on as they come.
     context.target_max_block_size = 1
     context.raise_original_map_exception = True
     # Ray Data would fail a task in which no block ends for half an hour; calls to the engine have their own bound.
@@ -148,7 +152,8 @@ def _blocks(work: Work) -> Iterator[dict[str, Any]]:
         # A new actor would begin with the first row; a new attempt of the task begins with the first that is missing.
         max_restarts=0,
     )
-    yield from counts.iter_rows()
+    for row in counts.iter_rows():
+        yield from row["blocks"]
 
 
 class AnswerAndWrite:
@@ -163,8 +168,8 @@ class AnswerAndWrite:
         work = replace(ray.get(self._reference), stage=begin["stage"][0].as_py())
         work.surroundings.enter()
         me = ray.get_runtime_context().current_actor
-        for counts in drained(lambda: _answered(work, me)):
-            yield pa.Table.from_pylist([counts], schema=COUNTS)
+        for counts in gathered(lambda: _answered(work, me), HAND_ON_PERIOD_S):
+            yield pa.Table.from_pylist([{"blocks": counts}], schema=_HANDED_ON)
 
 
 async def _answered(work: Work, caller: Any) -> AsyncGenerator[dict[str, Any]]:

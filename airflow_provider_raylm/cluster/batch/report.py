@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
-from airflow_provider_raylm.cluster.batch.output import Written
+from airflow_provider_raylm.cluster.batch.parts import Written
 from airflow_provider_raylm.cluster.batch.stage import MESSAGE, REASON, Answered
 from airflow_provider_raylm.cluster.surroundings import hidden
 from airflow_provider_raylm.specs import FailedRow, Progress

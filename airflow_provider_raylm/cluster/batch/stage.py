@@ -20,6 +20,7 @@ from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal, Reque
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.json_text import as_text, common_type
 from airflow_provider_raylm.cluster.batch.loading import load
+from airflow_provider_raylm.cluster.batch.loop import computed
 from airflow_provider_raylm.cluster.batch.recovery import Ask
 from airflow_provider_raylm.cluster.batch.rows import EngineTraits, Question, compile_step
 from airflow_provider_raylm.cluster.batch.rows.values import values
@@ -115,18 +116,20 @@ class BlockAnswerer:
         self._steps = [compile_step(step, engine) for step in spec.all_steps]
         self._preprocess = load_function("preprocess", spec.preprocess)
         self._postprocess = load_function("postprocess", spec.postprocess)
+        waits = self._preprocess or self._postprocess or any(step.at_a_time > 1 for step in self._steps)
+        self._in_thread = asyncio.to_thread if waits else computed
 
     async def answer(self, table: pa.Table, name: str) -> Answered:
         """Return what comes of the rows of *table*, the block of that name."""
-        block = await asyncio.to_thread(self._begin, table)
+        block = await self._in_thread(self._begin, table)
         # What later steps ask is answered best where the first one's keys and values are.
         near = name if len(self._steps) > 1 else None
         for step in self._steps:
-            requests = await asyncio.to_thread(self._render, block, step)
+            requests = await self._in_thread(self._render, block, step)
             for left in range(step.reasks, -1, -1):
                 requests = await self._asked(block, step, requests, near, again=left > 0)
                 block.counts["reasked"] += len(requests)
-        return await asyncio.to_thread(self._finish, table, block)
+        return await self._in_thread(self._finish, table, block)
 
     async def _asked(
         self, block: _Block, step: Question, requests: dict[int, Request], near: str | None, *, again: bool
@@ -145,7 +148,7 @@ class BlockAnswerer:
                 block.count(i, answer)
                 found = step.read(answer)
                 if not isinstance(found, Refusal):
-                    block.rows[i] = {**block.rows[i], **found}
+                    block.rows[i].update(found)
                 elif again:
                     refused[i] = step.again(request, answer, found)
                 else:
@@ -153,7 +156,7 @@ class BlockAnswerer:
             return refused
 
         # Not here, where all blocks wait for their turn: a schema may take a millisecond per row.
-        return await asyncio.to_thread(read)
+        return await self._in_thread(read)
 
     def _begin(self, table: pa.Table) -> _Block:
         block = _Block(*values(table, self._columns(table)))

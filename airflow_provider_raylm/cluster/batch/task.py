@@ -15,8 +15,9 @@ import pyarrow as pa
 from airflow_provider_raylm.cluster.batch.budget import Allowance, require_allowance, require_budget, require_hope
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.identity import task_fingerprint
-from airflow_provider_raylm.cluster.batch.loop import in_threads
-from airflow_provider_raylm.cluster.batch.output import Output, Parts, Progress
+from airflow_provider_raylm.cluster.batch.loop import computed, in_threads
+from airflow_provider_raylm.cluster.batch.output import Output, Progress
+from airflow_provider_raylm.cluster.batch.parts import Parts, Written
 from airflow_provider_raylm.cluster.batch.plan import Plan, make_plan
 from airflow_provider_raylm.cluster.batch.reader import read_blocks
 from airflow_provider_raylm.cluster.batch.report import ENGINE_COUNTS, Tally, count_block, stopped
@@ -148,12 +149,14 @@ async def answer_blocks(work: Work, answerer: BlockAnswerer, window: Window) -> 
 
     async def answer(block: tuple[str, pa.Table]) -> dict[str, Any]:
         name, rows = block
-        before = await asyncio.to_thread(work.parts.written, name, rows.num_rows, work.progress)
-        if before.ids:
+        before = Written(name, rows.num_rows, had_failed=name in work.progress.failed)
+        if name in work.progress.partly:
+            before = await asyncio.to_thread(work.parts.written, name, rows.num_rows)
             rows = rows.filter(pa.array([one not in before.ids for one in rows[ROW_ID].to_pylist()], pa.bool_()))
         answered = await answerer.answer(rows, name)
         allowance.add(before.rows, answered.counts)
-        await asyncio.to_thread(work.parts.write, before, answered.rows, answered.failed)
+        changes = await computed(work.parts.changes, before, answered.rows, answered.failed)
+        await asyncio.to_thread(lambda: [change.make() for change in changes])
         return count_block(before, answered)
 
     blocks = in_threads(allowance.within(work.left()))

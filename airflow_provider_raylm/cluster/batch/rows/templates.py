@@ -35,13 +35,10 @@ def compile_template(template: str) -> Callable[[Row], str]:
             text = ""
     tail = text + template[end:]
 
+    holes = list(zip(pieces, names, strict=True))
+
     def render(row: Row) -> str:
-        out = []
-        for piece, name in zip(pieces, names, strict=True):
-            out.append(piece)
-            out.append(_as_text(required(row, name)))
-        out.append(tail)
-        return "".join(out)
+        return "".join([piece + _as_text(required(row, name)) for piece, name in holes]) + tail
 
     return render
 
