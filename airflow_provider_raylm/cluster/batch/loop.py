@@ -36,7 +36,7 @@ def gathered(generator: Callable[[], AsyncGenerator[Item]], period: float) -> Ge
 
     Args:
         generator: makes the generator.
-        period: seconds from a result on in which others are yielded together with it; the last are yielded at once.
+        period: seconds after each yield in which results are gathered; the last ones are not kept so long.
     """
     results: SimpleQueue[Any] = SimpleQueue()
     running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = Future()
@@ -63,16 +63,17 @@ def gathered(generator: Callable[[], AsyncGenerator[Item]], period: float) -> Ge
     thread = Thread(target=run, name="raylm-stage", daemon=True)
     thread.start()
     loop, task = running.result()
+    due = time.monotonic()
     try:
         while (one := results.get()) is not _END:
-            gathered = [one]
-            end = time.monotonic() + period
+            some = [one]
             with suppress(Empty):
-                while (one := results.get(timeout=max(end - time.monotonic(), 0))) is not _END:
-                    gathered.append(one)
-            yield gathered
+                while (left := due - time.monotonic()) > 0 and (one := results.get(timeout=left)) is not _END:
+                    some.append(one)
+            yield some
             if one is _END:
                 break
+            due = time.monotonic() + period
         if errors:
             raise errors[0]
     finally:
