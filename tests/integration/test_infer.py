@@ -155,11 +155,20 @@ def test_a_prompt_that_cannot_be_tokenised_is_one_rows_fault(cluster, engine, of
 
 def test_a_budget_that_cannot_be_met_ends_the_task(infer, source, tmp_path):
     """The error has the commonest reason; what was asked by then is in the quarantine."""
-    with pytest.raises(BatchError, match=r"of 320 rows have failed already, .* allows 16.*not asked.*invalid_request"):
-        infer(source=source, extra_body={"logprobs": 10_000}, keep=["logprobs"], block_rows=20, in_flight_rows=20)
+    many = pa.concat_tables([pq.read_table(source)] * 20)
+    pq.write_table(many, tmp_path / "many.parquet")
+    with pytest.raises(BatchError, match=r"of 6400 rows have failed already, .* allows 32\b.*not asked.*invalid_req"):
+        infer(
+            source=f"{tmp_path}/many.parquet",
+            extra_body={"logprobs": 10_000},
+            keep=["logprobs"],
+            block_rows=20,
+            in_flight_rows=20,
+            max_failed_fraction=0.005,
+        )
 
     rows = read(tmp_path / "out" / "_quarantine")
-    assert 16 < len(rows) < ROWS
+    assert 32 < len(rows) < many.num_rows
     assert "logprobs" in rows[0]["raylm_message"].lower()
 
 
