@@ -28,7 +28,7 @@ from airflow_provider_raylm.cluster.surroundings import Surroundings, entered
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef
 
-# One stage answers 35,000 rows/s of an engine that takes no time: more than eight replicas of any model do.
+# One stage answers 25,000 rows/s of an engine that takes no time: more than eight replicas of any model do.
 REPLICAS_PER_STAGE = 8
 # Blocks that one stage takes in a row.
 RUN = 4
