@@ -1,11 +1,12 @@
 """How much is in flight at a time, and in which order its results come."""
 
 import asyncio
+import threading
 import time
 
 import pytest
 
-from airflow_provider_raylm.cluster.batch.loop import drained, gathered, in_threads
+from airflow_provider_raylm.cluster.batch.loop import CALLS_APART, QUICK_S, FileCalls, drained, gathered, in_threads
 from airflow_provider_raylm.cluster.batch.window import Window, in_order
 from airflow_provider_raylm.errors import BatchError, EngineError
 from tests.clock import on_a_clock
@@ -215,3 +216,25 @@ def test_results_that_come_close_together_are_yielded_together():
     began = time.monotonic()
     assert list(gathered(numbers, 60.0)) == [[0], [1, 2, 3]]
     assert time.monotonic() - began < 30
+
+
+def test_files_of_this_machine_are_written_in_turn_until_one_stalls():
+    """A stall may be a network's, mounted: what comes then must not wait for it."""
+
+    def thread(seconds=0.0):
+        time.sleep(seconds)
+        return threading.current_thread().name
+
+    async def called(calls, times, seconds=0.0):
+        return {await calls(lambda: thread(seconds)) for _ in range(times)}
+
+    async def run():
+        here, elsewhere = FileCalls(local=True), FileCalls(local=False)
+        in_turn = await called(here, 3)
+        assert len(in_turn) == 1
+        assert in_turn.isdisjoint(await called(elsewhere, 3))
+        await called(here, 1, 2 * QUICK_S)
+        assert in_turn.isdisjoint(await called(here, CALLS_APART))
+        assert await called(here, 3) == in_turn
+
+    asyncio.run(run())

@@ -16,6 +16,9 @@ THREADS = 32
 # Python runs one thread at a time. Several that compute would hand its lock around, at every call into pyarrow; the
 # stage then takes a third longer for the same rows.
 _COMPUTING = ThreadPoolExecutor(1, thread_name_prefix="raylm-compute")
+# A local disk takes less than a millisecond for a part, unless it stalls, or is none but a network's, mounted.
+QUICK_S = 0.02
+CALLS_APART = 100
 _END = object()
 
 Item = TypeVar("Item")
@@ -86,6 +89,39 @@ def gathered(generator: Callable[[], AsyncGenerator[Item]], period: float) -> Ge
 async def computed(function: Callable[..., Result], *arguments: Any) -> Result:
     """Return what a function returns that waits for nothing: in the one thread for all of them, in turn."""
     return await asyncio.get_running_loop().run_in_executor(_COMPUTING, function, *arguments)
+
+
+class FileCalls:
+    """Calls what reads and writes a few files, where that delays the rest least.
+
+    On a local disk it is quick, and done in turn with what computes: another thread that asks for Python's lock at
+    every file operation would hold it up for longer. Elsewhere, and for some time after it was not quick here, it has
+    a thread of its own.
+
+    Args:
+        local: whether the files lie in a folder of this machine.
+    """
+
+    def __init__(self, *, local: bool) -> None:
+        self._local = local
+        self._apart = 0
+
+    async def __call__(self, function: Callable[[], Result]) -> Result:
+        """Return what the function returns."""
+        if not self._local:
+            return await asyncio.to_thread(function)
+        if self._apart:
+            self._apart -= 1
+            return await asyncio.to_thread(function)
+
+        def timed() -> tuple[Result, float]:
+            began = time.monotonic()
+            return function(), time.monotonic() - began
+
+        result, seconds = await computed(timed)
+        if seconds >= QUICK_S:
+            self._apart = CALLS_APART
+        return result
 
 
 async def in_threads(items: Iterator[Item]) -> AsyncGenerator[Item]:

@@ -65,6 +65,11 @@ class Place:
         return self._opened[1]
 
     @property
+    def local(self) -> bool:
+        """Whether it is in a folder of this machine, a mounted one included."""
+        return _is(self.fs, {"file"})
+
+    @property
     def name(self) -> str:
         """The one address of the place, however it was written."""
         return str(self.fs.unstrip_protocol(self.path))

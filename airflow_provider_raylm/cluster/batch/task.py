@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ import pyarrow as pa
 from airflow_provider_raylm.cluster.batch.budget import Allowance, require_allowance, require_budget, require_hope
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.identity import task_fingerprint
-from airflow_provider_raylm.cluster.batch.loop import computed, in_threads
+from airflow_provider_raylm.cluster.batch.loop import FileCalls, computed, in_threads
 from airflow_provider_raylm.cluster.batch.output import Output, Progress
 from airflow_provider_raylm.cluster.batch.parts import Parts, Written
 from airflow_provider_raylm.cluster.batch.plan import Plan, make_plan
@@ -146,17 +146,18 @@ async def answer_blocks(work: Work, answerer: BlockAnswerer, window: Window) -> 
     """
     most = work.spec.max_tokens_total
     allowance = Allowance(None if most is None else most / work.stages, work.seconds)
+    files = FileCalls(local=work.parts.answers.local and work.parts.quarantine.local)
 
     async def answer(block: tuple[str, pa.Table]) -> dict[str, Any]:
         name, rows = block
         before = Written(name, rows.num_rows, had_failed=name in work.progress.failed)
         if name in work.progress.partly:
-            before = await asyncio.to_thread(work.parts.written, name, rows.num_rows)
+            before = await files(partial(work.parts.written, name, rows.num_rows))
             rows = rows.filter(pa.array([one not in before.ids for one in rows[ROW_ID].to_pylist()], pa.bool_()))
         answered = await answerer.answer(rows, name)
         allowance.add(before.rows, answered.counts)
         changes = await computed(work.parts.changes, before, answered.rows, answered.failed)
-        await asyncio.to_thread(lambda: [change.make() for change in changes])
+        await files(lambda: [change.make() for change in changes])
         return count_block(before, answered)
 
     blocks = in_threads(allowance.within(work.left()))
