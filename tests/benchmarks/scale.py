@@ -20,8 +20,9 @@ LARGE_ROWS = 16_000
 SMALL_ROWS = 1_500
 FIXED_WAVES = 40
 PREFIXES_ROWS = 6_400
-# Three million parameters: reading an instruction is a tenth of a row of the tiny model, and nearly all of real ones.
-PREFIXES_MODEL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}
+# Thirteen million parameters. Reading an instruction is nearly all of a row's work for a model of a useful size, and a
+# tenth for the tiny one.
+PREFIXES_MODEL = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
 PREFIXES = 400
 # In vLLM's blocks of 128 tokens: 400 instructions of 400 tokens do not fit into that, half of them do, beside what is
 # worked on.
@@ -102,7 +103,8 @@ def prefixes(bench: Bench, repeats: int) -> Result:
     """Instructions that do not fit into a replica's cache, on two replicas: each at its own, or anywhere."""
     bench.model = make_tiny_model(bench.cluster.folder / "prefixes-model", context_length=1024, **PREFIXES_MODEL)
     bench.engine = bench.deploy("two", replicas=2, engine_kwargs={**bench.engine_kwargs, **SMALL_CACHE})
-    workload = Workload(PREFIXES_ROWS, 4, ("ours",), {}, prefixes=PREFIXES)
+    # A label each.
+    workload = Workload(PREFIXES_ROWS, 1, ("ours",), {}, prefixes=PREFIXES)
     ways = {
         "ours": bench.cluster,
         "anywhere": replace(bench.cluster, python="python -m tests.benchmarks.without_affinity"),
