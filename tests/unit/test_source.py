@@ -22,7 +22,7 @@ from airflow_provider_raylm.cluster.batch.reader import read_blocks
 from airflow_provider_raylm.cluster.batch.task import Work
 from airflow_provider_raylm.errors import BatchError, SpecError
 from airflow_provider_raylm.specs import BatchSpec, build
-from tests.scripted import REF, attempt
+from tests.scripted import REF, attempt, shouts
 
 
 def spec(tmp_path, **fields):
@@ -667,3 +667,144 @@ def test_stages_share_the_blocks(replicas, tmp_path):
     names = [name for share in shares for name, _ in share]
     assert len(set(names)) == len(names)
     assert all(shares)
+
+
+# --- what others left in a folder -------------------------------------------------------------------------------
+
+
+def test_links_lead_to_their_files(tmp_path):
+    """To a file, one with a suffix to one without, a folder, and a folder that has itself within."""
+    write(tmp_path, "../blobs/1234", '{"text": "blob"}')
+    write(tmp_path, "../others/c.jsonl", '{"text": "folder"}')
+    write(tmp_path, "a.jsonl", '{"text": "own"}')
+    (tmp_path / "in/b.jsonl").symlink_to("../blobs/1234")
+    (tmp_path / "in/more").symlink_to("../others")
+    (tmp_path / "others/again").symlink_to(".")
+
+    assert texts_of(spec(tmp_path)) == ["own", "blob", "folder"]
+    assert texts_of(spec(tmp_path, source=str(tmp_path / "in/*.jsonl"))) == ["own", "blob"]
+    assert texts_of(spec(tmp_path, source=str(tmp_path / "in/b.jsonl"))) == ["blob"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    """It is no file fewer."""
+    write(tmp_path, "a.jsonl", '{"text": "x"}')
+    (tmp_path / "in/b.jsonl").symlink_to("gone")
+
+    with pytest.raises(BatchError, match=r"b\.jsonl"):
+        texts_of(spec(tmp_path))
+
+
+def test_a_name_may_have_brackets(tmp_path):
+    """They are a pattern only where they match as one."""
+    write(tmp_path, "a[1].jsonl", '{"text": "x"}')
+
+    assert texts_of(spec(tmp_path, source=str(tmp_path / "in/a[1].jsonl"))) == ["x"]
+
+
+@pytest.mark.parametrize("between", ["", "\n", " \r\n\n" + " " * 100])
+def test_arrays_may_follow_each_other(tmp_path, monkeypatch, between):
+    """All their rows are there, however they lie in what is read at a time."""
+    monkeypatch.setattr(json_text, "_READ_CHARACTERS", 20)
+    write(tmp_path, "a.jsonl", between.join(f'[{{"text": "{number}"}}]' for number in range(5)) + between)
+
+    assert texts_of(spec(tmp_path)) == ["0", "1", "2", "3", "4"]
+
+
+def test_what_follows_an_array_is_not_left_out(tmp_path):
+    """It would be rows that nobody misses."""
+    write(tmp_path, "a.json", '[{"text": "x"}] {"text": "y"}')
+
+    with pytest.raises(BatchError, match=r"a\.json.*what follows the array"):
+        rows_of(spec(tmp_path))
+
+
+@pytest.mark.parametrize("rows", [2, 20_000])
+def test_blank_lines_before_a_header_are_read_over(tmp_path, rows):
+    """In a file that is looked at as a whole, and in a larger one."""
+    write(tmp_path, "a.csv", "\n\r\ntext,n\n" + "x,1\n" * rows)
+
+    assert texts_of(spec(tmp_path)) == ["x"] * rows
+
+
+def test_rows_without_any_column_lack_what_is_asked_for(tmp_path):
+    """The message names the column."""
+    write(tmp_path, "a.jsonl", "{}\n{}\n")
+
+    with pytest.raises(BatchError, match="no column 'text'; it has none"):
+        rows_of(spec(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.csv"])
+def test_an_empty_file_needs_no_ids(tmp_path, name):
+    """Nor has it a column for them."""
+    write(tmp_path, "a.jsonl", '{"text": "x", "n": 1}')
+    write(tmp_path, name, "")
+
+    assert [row[ROW_ID] for row in rows_of(spec(tmp_path, id_column="n"))] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("in_json", "in_parquet", "values"),
+    [
+        ('{"k": 1}', pa.array([{"k": 2}]), ['{"k": 1}', '{"k": 2}']),
+        ('[1, "a"]', pa.array([[2]]), ['[1, "a"]', "[2]"]),
+        ('[{"k": 1}]', pa.array([[{"k": 2}]]), ['[{"k": 1}]', '[{"k": 2}]']),
+        ('{"k": 1}', pa.array(["s"], pa.large_string()), ['{"k": 1}', "s"]),
+        ("0.1", pa.array([1234567890123456], pa.decimal128(20, 2)), ["0.1", "1234567890123456.00"]),
+    ],
+)
+def test_json_beside_other_types_stays_as_it_is_written(tmp_path, in_json, in_parquet, values):
+    """And the others become text, in which nothing of them is lost."""
+    write(tmp_path, "a.jsonl", f'{{"text": "x", "n": {in_json}}}')
+    write(tmp_path, "b.parquet", pa.table({"text": ["y"], "n": in_parquet}))
+
+    assert [row["n"] for row in rows_of(spec(tmp_path))] == values
+
+
+def test_types_that_would_change_a_value_are_refused(tmp_path):
+    """Decimals beside doubles when the files are looked at; a number that no double holds where it is read."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x"], "n": [0.5]}))
+    write(tmp_path, "b.parquet", pa.table({"text": ["x"], "n": pa.array([1], pa.decimal128(20, 2))}))
+    with pytest.raises(BatchError, match="no one type holds both"):
+        blocks_of(spec(tmp_path))
+
+    write(tmp_path, "b.parquet", pa.table({"text": ["x"], "n": [2**53 + 1]}))
+    with pytest.raises(BatchError, match=r"b\.parquet.*column 'n' is int64 here and double.*columns="):
+        rows_of(spec(tmp_path))
+
+
+def test_json_that_is_mixed_keeps_numbers_that_are_none(tmp_path):
+    """As JSON's writers write them."""
+    write(tmp_path, "a.jsonl", '{"text": NaN}\n{"text": -Infinity}\n{"text": "x"}\n')
+
+    assert texts_of(spec(tmp_path)) == ["NaN", "-Infinity", "x"]
+
+
+def test_bytes_that_are_text_are_asked_as_such(tmp_path):
+    """As Hive and older Sparks write text; others fail their row."""
+    write(tmp_path, "a.parquet", pa.table({"text": pa.array([b"gr\xc3\xb6\xc3\x9fe", b"\xff"])}))
+    asked = []
+
+    def ask(fields, prompts):
+        asked.extend(prompts)
+        return shouts(fields, prompts)
+
+    report = attempt(spec(tmp_path, max_failed_fraction=1), ask=ask)
+    assert asked == ["größe"]
+    assert report.failures == {"unreadable_value": 1}
+
+
+def unchanged(row):
+    return row
+
+
+def test_a_row_function_may_leave_a_map_as_it_is(tmp_path):
+    """No type is inferred of what it did not make."""
+    kind = pa.map_(pa.string(), pa.int64())
+    write(tmp_path, "a.parquet", pa.table({"text": ["x"], "n": pa.array([[("a", 1)]], kind)}))
+    report = attempt(spec(tmp_path, postprocess="tests.unit.test_source:unchanged"))
+
+    assert report.failures == {}
+    (part,) = (tmp_path / "out").glob("part-*")
+    assert pq.read_table(part)["n"].to_pylist() == [[("a", 1)]]

@@ -54,15 +54,27 @@ def _common(before: pa.Field, field: pa.Field, fragment: Fragment, origin: Fragm
     if all(from_json):
         return field.with_type(json_text.common(before.type, field.type))
     try:
-        return pa.unify_schemas([pa.schema([before]), pa.schema([field])], promote_options="permissive").field(0)
+        return _promoted(before, field)
     except pa.ArrowException:
-        if any(from_json):
-            # What JSON says can always be text, as it is written.
+        # What JSON says can always be text, as it is written; bytes cannot.
+        if any(from_json) and not any(map(_is_bytes, (before.type, field.type))):
             return field.with_type(pa.string())
         raise BatchError(
             f"the column {field.name!r} is of type {before.type} in {origin.file.uri} and of type {field.type} in "
             f"{fragment.file.uri}; no one type holds both. Leave it out (columns=), or ask the files apart."
         ) from None
+
+
+def _promoted(before: pa.Field, field: pa.Field) -> pa.Field:
+    kinds = (before.type, field.type)
+    if any(map(pa.types.is_decimal, kinds)) and any(map(pa.types.is_floating, kinds)):
+        # Arrow would make them doubles, which lack a decimal's last digits.
+        raise pa.ArrowTypeError("no type holds decimals and doubles")
+    return pa.unify_schemas([pa.schema([before]), pa.schema([field])], promote_options="permissive").field(0)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return any(is_it(kind) for is_it in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary))
 
 
 def check_columns(
@@ -73,8 +85,6 @@ def check_columns(
     Raises:
         BatchError: otherwise; the text names the column and the file.
     """
-    if not any(found.schema.names for found in contents):
-        return
     named = {*(spec.columns or ()), *([spec.id_column] if spec.id_column else [])}
     for has, told, fragment in _distinct(fragments, contents):
         own = [name for name in (*has.names, *(name for name, _ in told)) if not name.startswith(RESERVED_PREFIX)]
@@ -89,7 +99,7 @@ def check_columns(
             where = f" ({fragment.file.uri})" if len(fragments) > 1 else ""
             raise BatchError(
                 f"the source has no column {', '.join(map(repr, dict.fromkeys(lacking)))}; it has "
-                f"{', '.join(own)}{where}"
+                f"{', '.join(own) or 'none'}{where}"
             )
     kept = set(spec.columns if spec.columns is not None else schema.names)
     taken = [one for step in spec.all_steps for one in step.output_columns if one in kept & set(schema.names)]

@@ -43,8 +43,10 @@ _DECODER = json.JSONDecoder(parse_float=_Number)
 def elements(stream: IO[str]) -> Iterator[tuple[str, str]]:
     """Yield (where, text) of each JSON value of a file: its lines, or the elements of one array.
 
+    Arrays may follow each other, as on the lines of a file.
+
     Raises:
-        ValueError: an array is broken or cut off.
+        ValueError: an array is broken or cut off, or something else follows it.
     """
     head = ""
     while not head.strip() and (more := stream.read(_READ_CHARACTERS)):
@@ -69,7 +71,10 @@ def _of_array(text: str, stream: IO[str]) -> Iterator[tuple[str, str]]:
     while True:
         at = _past(_BETWEEN, text, at)
         if text.startswith("]", at):
-            return
+            text, at = _next_array(text[at + 1 :], stream, number), 0
+            if not text:
+                return
+            continue
         problem = f"element {number}: the array is not closed"
         try:
             _, end = _DECODER.raw_decode(text, at)
@@ -86,6 +91,16 @@ def _of_array(text: str, stream: IO[str]) -> Iterator[tuple[str, str]]:
             raise ValueError(problem)
         # Twice as much each time: an element is not scanned again and again.
         text, at, wanted = text[at:] + more, 0, wanted * 2
+
+
+def _next_array(text: str, stream: IO[str], number: int) -> str:
+    """Return what was read of the array that follows one, without its bracket; nothing at the end of the file."""
+    while not text.strip() and (more := stream.read(_READ_CHARACTERS)):
+        text = more
+    text = text.lstrip()
+    if text and not text.startswith("["):
+        raise ValueError(f"element {number}: what follows the array is none")
+    return text[1:]
 
 
 def _past(blanks: re.Pattern[str], text: str, at: int) -> int:
@@ -173,7 +188,7 @@ def table(rows: list[tuple[str, Object]], schema: pa.Schema) -> pa.Table:
     """Return rows, each with the text it was parsed from, as a table of *schema*'s columns."""
     columns = []
     for field in schema:
-        if pa.types.is_string(field.type):
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
             values = [_text(row.get(field.name), field.name, text) for text, row in rows]
         else:
             values = [row.get(field.name) for _, row in rows]
@@ -190,7 +205,7 @@ def _text(value: Any, name: str, row: str) -> str | None:
         return value.text
     if isinstance(value, list | dict):
         return _written(name, row)
-    return str(value)
+    return json.dumps(value)
 
 
 def _written(name: str, row: str) -> str:

@@ -68,10 +68,11 @@ def list_files(spec: BatchSpec, how: Reading, say: Say) -> list[File]:
 
 
 def _matches(place: Place) -> dict[str, Info]:
-    if has_magic(place.path):
-        found = place.matching()
+    found = place.matching() if has_magic(place.path) else {}
+    if found:
         root = re.split(r"[^/]*[*?\[]", place.path, maxsplit=1)[0].rstrip("/")
     else:
+        # Brackets may be a name's own.
         found = place.files()
         root = place.path
     return {

@@ -188,7 +188,7 @@ class BlockAnswerer:
         def change(row: dict[str, Any]) -> dict[str, Any]:
             try:
                 changed = dict(function(dict(row)))
-                for value in changed.values():
+                for value in [value for name, value in changed.items() if value is not row.get(name)]:
                     _require_storable(value)
                 return changed
             except Exception as error:  # the author's own code, about this row
@@ -273,7 +273,7 @@ def _failed(table: pa.Table, block: _Block) -> pa.Table:
 
 
 def _require_storable(value: Any) -> None:
-    """Raise what Arrow raises of a value that no file can hold: half a character, an object of some class."""
+    """Raise what Arrow raises of a new value that no file can hold. A map, which one has held, it could not tell."""
     with suppress(OverflowError):
         pa.array([value])
 

@@ -50,9 +50,16 @@ class Place:
     def _opened(self) -> tuple[Any, str]:
         try:
             fs, path = url_to_fs(self.uri, **_options(self.uri))
-        except (ImportError, ValueError) as error:
+        # TypeError: "::" in an address chains two file systems, of which one may not take the other's options.
+        except (ImportError, ValueError, TypeError) as error:
             raise BatchError(f"cannot open {self.uri!r}: {error}") from error
-        return fs, os.path.realpath(path) if _is(fs, {"file"}) else path.rstrip("/")
+        if not _is(fs, {"file"}):
+            return fs, path.rstrip("/")
+        if os.path.islink(path) and not os.path.isdir(path):
+            # Its own name tells the format; what it leads to may be called anything.
+            folder, name = os.path.split(path)
+            return fs, f"{os.path.realpath(folder)}/{name}"
+        return fs, os.path.realpath(path)
 
     @property
     def fs(self) -> Any:
@@ -89,7 +96,7 @@ class Place:
     def _listed(self, how: str) -> dict[str, Info]:
         try:
             self.fs.invalidate_cache()
-            found = getattr(self.fs, how)(self.path, detail=True)
+            found = self._followed(getattr(self.fs, how)(self.path, detail=True), {self.path})
         # Without credentials, or a way there, the libraries of object stores raise errors of their own.
         except Exception as error:
             if isinstance(error, BatchError):
@@ -99,6 +106,19 @@ class Place:
                 "the task (storage_conn_id) have for it."
             ) from error
         return {path: info for path, info in sorted(found.items()) if info.get("type", "file") == "file"}
+
+    def _followed(self, found: dict[str, Info], seen: set[str]) -> dict[str, Info]:
+        """Return a listing with what links lead to: files as such, and those of folders, except of *seen* ones."""
+        files = {}
+        for path, info in found.items():
+            # Of local files alone.
+            if not info.get("islink"):
+                files[path] = info
+            elif (target := self.fs.info(path))["type"] != "directory":
+                files[path] = target
+            elif (folder := os.path.realpath(path)) not in seen:
+                files |= self._followed(self.fs.find(path, detail=True), {*seen, folder})
+        return files
 
     def below(self, name: str) -> Place:
         """Return the place of a file in this folder."""

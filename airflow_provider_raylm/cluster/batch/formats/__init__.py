@@ -53,7 +53,9 @@ def inspect(file: File, how: Reading) -> Contents:
         twice = sorted({name for name in found.schema.names if found.schema.names.count(name) > 1})
         if twice:
             raise BatchError(f"{file.uri} has several columns of the name {twice[0]!r}. Name each column differently.")
-    if id_name(found.schema, how) is None or found.ids is not None:
+    # An empty file says nothing of columns.
+    is_empty = not found.schema.names and found.rows == 0
+    if is_empty or id_name(found.schema, how) is None or found.ids is not None:
         return found
     ids = [hashes(texts) for texts in ids_of(file, how, found.schema)]
     return Contents(found.schema, found.rows, np.concatenate(ids) if ids else np.empty(0, np.uint64))

@@ -88,7 +88,9 @@ def inspect_csv(file: File, how: Reading) -> Contents:
     begin, whole = _beginning(file)
     # A header may end within the bytes, and a character at their end may not.
     text = begin.decode(how.codec, "strict" if whole else "ignore")
-    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(file, how)), [])
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(file, how))
+    # As pyarrow does, blank lines are read over.
+    names: list[str] = next(filter(None, lines), [])
     schema = _text_schema(names)
     rows = None
     # The caller refuses two columns of one name.

@@ -15,10 +15,11 @@ Row = Mapping[str, Any]
 def compile_template(template: str) -> Callable[[Row], str]:
     """Return a function that renders *template* for a row.
 
-    A string goes in as it is, a list or a mapping as JSON, anything else as ``str`` prints it.
+    A string goes in as it is, so do bytes that are one in UTF-8, a list or a mapping as JSON, anything else as ``str``
+    prints it.
 
     Raises (the returned function):
-        RowError: the row's value is null (``null_value``).
+        RowError: the row's value is null (``null_value``), or bytes that are no text (``unreadable_value``).
     """
     pieces: list[str] = []
     names: list[str] = []
@@ -38,7 +39,7 @@ def compile_template(template: str) -> Callable[[Row], str]:
     holes = list(zip(pieces, names, strict=True))
 
     def render(row: Row) -> str:
-        return "".join([piece + _as_text(required(row, name)) for piece, name in holes]) + tail
+        return "".join([piece + _as_text(required(row, name), name) for piece, name in holes]) + tail
 
     return render
 
@@ -55,9 +56,14 @@ def required(row: Row, name: str) -> Any:
     return value
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise RowError("unreadable_value", f"column {name!r}: {error}") from error
     if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
