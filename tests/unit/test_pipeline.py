@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 from airflow_provider_raylm.cluster import __main__ as job
-from airflow_provider_raylm.cluster.batch import pipeline
+from airflow_provider_raylm.cluster.batch import heartbeat, pipeline
 from airflow_provider_raylm.cluster.engine import leases, status
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchSpec
@@ -21,7 +21,7 @@ SPEC = BatchSpec(source="/tmp/in", prompt="${text}", output=OUTPUT)
 def events(monkeypatch):
     """What happens to the engine's lease, in order; the heart beats fast."""
     events = []
-    monkeypatch.setattr(pipeline, "HEARTBEAT_PERIOD_S", 0.01)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_PERIOD_S", 0.01)
     monkeypatch.setattr(status, "trouble", lambda application: None)
     monkeypatch.setattr(leases, "renew", lambda application, output: events.append(("renew", application, output)))
     monkeypatch.setattr(leases, "release", lambda application, output: events.append(("release", application, output)))
@@ -106,7 +106,7 @@ def test_a_task_that_fails_is_released(events, monkeypatch):
 
 def test_progress_is_told_at_every_beat_and_said_now_and_then(events, monkeypatch, capsys):
     """Beginning with nothing done of a known number of rows; the job prints records that its followers read."""
-    monkeypatch.setattr(pipeline, "SAY_PERIOD_S", 0.1)
+    monkeypatch.setattr(heartbeat, "SAY_PERIOD_S", 0.1)
 
     def answer_source(spec, ref, answers, say, tally):
         tally.total = 100

@@ -12,8 +12,8 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Generator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from airflow_provider_raylm.cluster.batch.affinity import by_prefix
 from airflow_provider_raylm.cluster.batch.asking import Handle, once
+from airflow_provider_raylm.cluster.batch.heartbeat import Say, Tell, heartbeat
 from airflow_provider_raylm.cluster.batch.loop import gathered
 from airflow_provider_raylm.cluster.batch.recovery import Recovery
 from airflow_provider_raylm.cluster.batch.report import COUNTS, Tally
@@ -40,8 +41,6 @@ from airflow_provider_raylm.cluster.periodic import Periodic
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchReport, BatchSpec, EngineRef, EngineSpec, Progress
 
-HEARTBEAT_PERIOD_S = 10.0
-SAY_PERIOD_S = 30.0
 LOOK_PERIOD_S = 10.0
 LOOK_TIMEOUT_S = 120.0
 # What Ray Data does with each thing that a stage yields takes five milliseconds of processor time.
@@ -52,9 +51,6 @@ _HANDED_ON = pa.schema([("blocks", pa.list_(pa.struct(list(COUNTS))))])
 # The stage waits most of the time: a fraction lets it run beside an engine that holds most CPUs.
 STAGE_CPUS = 0.1
 CPU_WAIT_S = 120.0
-
-Say = Callable[[str], None]
-Tell = Callable[[Progress, bool], None]
 
 
 def infer(
@@ -229,42 +225,3 @@ def _require_cpus(wanted: float) -> None:
                 f"{ray.cluster_resources().get('CPU', 0.0):g} are free. Give the engine fewer CPUs, or add a node."
             )
         time.sleep(1)
-
-
-@contextmanager
-def heartbeat(application: str, output: str, tally: Tally, say: Say, tell: Tell) -> Iterator[None]:
-    """Renew the engine's lease and tell the progress while the body runs.
-
-    Each in a thread of its own: a look at the engine may have to wait for Serve's controller, a renewal must not.
-    """
-    started = said_at = time.monotonic()
-    said_trouble = None
-
-    def renew() -> None:
-        leases.renew(application, output)
-
-    def progress() -> None:
-        nonlocal said_at, said_trouble
-        now = time.monotonic()
-        due = bool(tally.rows) and now - said_at >= SAY_PERIOD_S - HEARTBEAT_PERIOD_S / 2
-        if due:
-            said_at = now
-        if tally.rows or tally.total is not None:
-            tell(tally.progress(round(now - started, 3), round(time.time(), 3)), due)
-        trouble = status.trouble(application)
-        if trouble and trouble != said_trouble:
-            say(f"the engine is not well: {trouble}; what was in flight is asked again when it is back")
-        said_trouble = trouble
-
-    with suppress(leases.SilentLease):
-        renew()
-    threads = (
-        Periodic("raylm-heartbeat", "renewing the engine's lease", HEARTBEAT_PERIOD_S, renew, say),
-        Periodic("raylm-progress", "looking at the engine", HEARTBEAT_PERIOD_S, progress, say),
-    )
-    try:
-        yield
-    finally:
-        for thread in threads:
-            thread.stop(leases.LEASE_CALL_TIMEOUT_S)
-        leases.release(application, output)

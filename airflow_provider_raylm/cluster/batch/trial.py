@@ -15,8 +15,9 @@ from ray import serve
 from airflow_provider_raylm.cluster.batch import preview
 from airflow_provider_raylm.cluster.batch.asking import Engine, Handle
 from airflow_provider_raylm.cluster.batch.exchange import Outcome, Request
+from airflow_provider_raylm.cluster.batch.heartbeat import Say, heartbeat
 from airflow_provider_raylm.cluster.batch.loop import drained
-from airflow_provider_raylm.cluster.batch.pipeline import Say, heartbeat, with_vector_size
+from airflow_provider_raylm.cluster.batch.pipeline import with_vector_size
 from airflow_provider_raylm.cluster.batch.recovery import Ask, EngineFailure
 from airflow_provider_raylm.cluster.batch.report import Tally
 from airflow_provider_raylm.cluster.batch.rows import EngineTraits
