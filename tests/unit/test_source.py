@@ -711,6 +711,20 @@ def test_arrays_may_follow_each_other(tmp_path, monkeypatch, between):
     assert texts_of(spec(tmp_path)) == ["0", "1", "2", "3", "4"]
 
 
+def test_a_glob_may_name_partitions(tmp_path):
+    """All files of them are read, their columns are told, and nothing is written there."""
+    for day in ("2026-01-01", "2026-01-02", "2025-12-31"):
+        write(tmp_path, f"day={day}/a.jsonl", f'{{"text": "{day}"}}')
+        write(tmp_path, f"day={day}/hour=1/a.jsonl", f'{{"text": "{day}"}}')
+    source = str(tmp_path / "in/day=2026-*")
+
+    rows = rows_of(spec(tmp_path, source=source))
+    assert len(rows) == 4
+    assert [row["day"] for row in rows] == [row["text"] for row in rows]
+    with pytest.raises(BatchError, match="lies in its source"):
+        rows_of(spec(tmp_path, source=source, output=str(tmp_path / "in/day=2026-01-03/out")))
+
+
 def test_what_follows_an_array_is_not_left_out(tmp_path):
     """It would be rows that nobody misses."""
     write(tmp_path, "a.json", '[{"text": "x"}] {"text": "y"}')

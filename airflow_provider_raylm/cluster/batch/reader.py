@@ -94,7 +94,8 @@ class _Cursor:
         self._plan = plan
         self._fragment = fragment
         self._id = (plan.how.id_column or ROW_ID) if fragment.has_ids else None
-        wanted = list(plan.schema)
+        told = dict(fragment.partition)
+        wanted = [field for field in plan.schema if field.name not in told]
         if self._id is not None and self._id not in plan.schema.names:
             wanted.append(pa.field(self._id, pa.string()))
         self._first = 0

@@ -12,7 +12,7 @@ from fsspec.utils import glob_translate
 
 from airflow_provider_raylm.cluster.batch.formats import format_of
 from airflow_provider_raylm.cluster.batch.fragments import File, Reading
-from airflow_provider_raylm.cluster.batch.storage import Info, Place, version
+from airflow_provider_raylm.cluster.batch.storage import Info, Place, is_partition, version
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchSpec
 from airflow_provider_raylm.specs.batch import is_hidden
@@ -87,7 +87,10 @@ def _require_elsewhere(spec: BatchSpec, source: Place, own: set[str]) -> None:
     for place in own:
         path = Place(place).path
         if has_magic(source.path):
-            inside = re.match(glob_translate(source.path), f"{path}/part-0.parquet") is not None
+            parts = path.split("/")
+            folders = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+            taken = [f"{path}/part-0.parquet", *filter(is_partition, folders)]
+            inside = any(map(re.compile(glob_translate(source.path)).match, taken))
         else:
             inside = f"{path}/".startswith(f"{source.path}/") and not is_hidden(
                 path.removeprefix(source.path).strip("/")

@@ -90,7 +90,7 @@ class Place:
         return self._listed("find")
 
     def matching(self) -> dict[str, Info]:
-        """Return the files that the place names as a glob, as ``files`` does."""
+        """Return the files that the place names as a glob, as ``files`` does; of a partition's folder all."""
         return self._listed("glob")
 
     def _listed(self, how: str) -> dict[str, Info]:
@@ -109,10 +109,12 @@ class Place:
 
     def _followed(self, found: dict[str, Info], seen: set[str]) -> dict[str, Info]:
         """Return a listing with what links lead to: files as such, and those of folders, except of *seen* ones."""
-        files = {}
+        files: dict[str, Info] = {}
         for path, info in found.items():
+            if info["type"] == "directory" and is_partition(path):
+                files |= self._followed(self.fs.find(path, detail=True), seen)
             # Of local files alone.
-            if not info.get("islink"):
+            elif not info.get("islink"):
                 files[path] = info
             elif (target := self.fs.info(path))["type"] != "directory":
                 files[path] = target
@@ -166,6 +168,11 @@ class Place:
             return
         except OSError as error:
             raise BatchError(f"cannot delete {self.uri}: {error}") from error
+
+
+def is_partition(path: str) -> bool:
+    """Return whether a path is a folder's that tells a column of its rows, ``day=2026-01-01``."""
+    return "=" in path.rpartition("/")[2]
 
 
 def _options(uri: str) -> dict[str, Any]:
