@@ -39,7 +39,9 @@ class RendersText(Operator):
     def text_env(self) -> Environment:
         """Return the environment in which Jinja makes text of this task's fields, and finds files."""
         dag = self.get_dag()
-        return self.get_template_env() if dag is None else dag.get_template_env(force_sandboxed=True)
+        env = self.get_template_env() if dag is None else dag.get_template_env(force_sandboxed=True)
+        # Jinja drops a newline at the end: of a file's text that is right, of the stop string "\n" nothing is left.
+        return env.overlay(keep_trailing_newline=True)
 
     def _do_render_template_fields(
         self,
@@ -56,9 +58,29 @@ class RendersText(Operator):
         super()._do_render_template_fields(parent, theirs, context, jinja_env, seen_oids)
         super()._do_render_template_fields(parent, ours, context, self.text_env(), seen_oids)
 
+    def render_template(
+        self, content: Any, context: Context, jinja_env: Environment | None = None, seen_oids: set[int] | None = None
+    ) -> Any:
+        """Render as Airflow does, but in ``text_env`` keep every line break of text that a field has.
+
+        Text without a template stays the same, too: Jinja would make its line breaks all alike.
+        """
+        dags = jinja_env.linked_to if jinja_env is not None and isinstance(content, str) else None
+        if jinja_env is None or dags is None:
+            return super().render_template(content, context, jinja_env, seen_oids)
+        if not _has_template(content, dags):
+            return content
+        # Files that the text includes are the DAG's environment's.
+        return self._render(dags.from_string(jinja_env.parse(content)), context)
+
     def _render(self, template: Template, context: Context, dag: Any = None) -> Any:
         native = isinstance(template.environment, NativeEnvironment)
         return (render_template_as_native if native else render_template_to_string)(template, context)
+
+
+def _has_template(text: str, env: Environment) -> bool:
+    marks = (env.variable_start_string, env.block_start_string, env.comment_start_string)
+    return any(mark in text for mark in (*marks, env.line_statement_prefix, env.line_comment_prefix) if mark)
 
 
 def read_prompts(batch: Any, env: Environment) -> Any:

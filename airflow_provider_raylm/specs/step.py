@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.specs.base import RESERVED_PREFIX, JsonObject, Value
@@ -45,6 +45,13 @@ def require_kind(kind: str, task: str) -> None:
         )
 
 
+def _stops(text: str) -> str:
+    if not text:
+        raise ValueError("an empty string ends no answer; leave it out")
+    return text
+
+
+StopString = Annotated[str, AfterValidator(_stops)]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -78,7 +85,7 @@ class Step(Value):
     top_k: Annotated[int | str | None, PerRow(Annotated[int, Field(ge=-1)])] = None
     min_p: Annotated[float | str | None, PerRow(Share)] = None
     seed: Annotated[int | str | None, PerRow(int)] = None
-    stop: Annotated[tuple[str, ...] | str | None, PerRow(tuple[str, ...])] = None
+    stop: Annotated[tuple[str, ...] | str | None, PerRow(tuple[StopString, ...])] = None
     presence_penalty: Annotated[float | str | None, PerRow(Penalty)] = None
     frequency_penalty: Annotated[float | str | None, PerRow(Penalty)] = None
     repetition_penalty: Annotated[float | str | None, PerRow(Positive)] = None

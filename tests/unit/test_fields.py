@@ -89,6 +89,34 @@ def test_fields_are_text_whatever_the_dag_renders(airflow_db, native):
     assert found == [1 if native else "1"]
 
 
+def test_line_breaks_of_a_field_arrive(airflow_db, tmp_path):
+    """Those at its end, too, with a template in it or none; of a file, all but the last."""
+    stop, filled = ["\n", "\n\n", "END\n", "\r\n"], "{{ params.a }}\n\n"
+    (tmp_path / "plain.txt").write_text("Q: ${text}\nA:\n\n")
+    (tmp_path / "filled.jinja").write_text('{% include "rules.jinja" %}Q: ${text}\n\n')
+    (tmp_path / "rules.jinja").write_text("Rule {{ params.a }}.\n")
+    where = {"source": "s3://in", "stop": stop}
+    with DAG("breaks", schedule=None, params={"a": "A"}, template_searchpath=[str(tmp_path)]) as dag:
+        with shared_engine("a", model="m") as engine:
+            engine.infer("plain", prompt="Q: ${text}\r\nA:\n", output="s3://plain", **where)
+            steps = [{"prompt": "Q: ${text}\nA:\n", "stop": stop, "output_column": "a"}, {"prompt": filled}]
+            engine.infer("steps", steps=steps, source="s3://in", output="s3://steps")
+            engine.infer("file", prompt_file="plain.txt", output="s3://file", **where)
+            engine.infer("template", prompt_file="filled.jinja", output="s3://template", **where)
+    fake = FakeRayJobs()
+
+    assert set(run(dag, fake).values()) == {"success"}
+    first, second = fake.batches["steps"].steps
+    assert (fake.batches["plain"].prompt, first.prompt, second.prompt) == (
+        "Q: ${text}\r\nA:\n",
+        "Q: ${text}\nA:\n",
+        "A\n\n",
+    )
+    assert {batch.stop for name, batch in fake.batches.items() if name != "steps"} | {first.stop} == {tuple(stop)}
+    assert fake.batches["file"].prompt == "Q: ${text}\nA:\n"
+    assert fake.batches["template"].prompt == "Rule A.Q: ${text}\n"
+
+
 def test_prompts_from_files(airflow_db, tmp_path):
     """From where Airflow finds templates: the DAG's folder, and those that the DAG adds; for steps and maps as well."""
     (tmp_path / "plain.txt").write_text('Answer {{"label": "x"}}: ${text}\n')

@@ -33,6 +33,7 @@ def templated(value):
         (EngineSpec, {"name": "e", "model": "m", "engine_kwargs": {"model": "n"}}, "set EngineSpec.model instead"),
         (EngineSpec, {"name": "e", "model": "m", "lease": {"idle": 3}}, "EngineSpec.lease.idle: unknown field"),
         (BatchSpec, {**BATCH, "max_tokens": 0}, "BatchSpec.max_tokens"),
+        (BatchSpec, {**BATCH, "stop": ("END", "")}, "BatchSpec.stop.1: an empty string ends no answer"),
         (BatchSpec, {**BATCH, "temperature": -1}, "BatchSpec.temperature"),
         (BatchSpec, {**BATCH, "messages": [{"role": "user", "content": "x"}]}, "exactly one of prompt, messages"),
         (BatchSpec, {"source": "a", "output": "b"}, "exactly one of prompt, messages"),
