@@ -91,7 +91,8 @@ class Dashboard:
         """
         try:
             response = (http or self._http).request(method, path, **kwargs)
-        except httpx.TransportError as error:
+        # Also of an answer that cannot be read, such as one that a proxy has packed otherwise than it says.
+        except httpx.RequestError as error:
             if _is_certificate_error(error):
                 raise ClusterError(
                     f"{self.url}: the certificate is not trusted ({self._without_secrets(str(error))}). Name your "

@@ -22,7 +22,7 @@ VERSION = json.dumps({"ray_version": "2.60.0"})
 
 
 @contextmanager
-def dashboard(status=200, body=VERSION, certificate=None):
+def dashboard(status=200, body=VERSION, certificate=None, headers=()):
     """A web server on loopback that gives one answer; yields its address and the headers it got."""
     seen = []
 
@@ -32,6 +32,8 @@ def dashboard(status=200, body=VERSION, certificate=None):
             self.send_response(status)
             if status in (301, 302):
                 self.send_header("Location", "https://sso.example/login")
+            for header in headers:
+                self.send_header(*header)
             self.end_headers()
             self.wfile.write(body.encode())
 
@@ -155,6 +157,13 @@ def test_what_is_not_rays_own_word_is_silence(status, body):
                 jobs.stop("job-1")
         with pytest.raises(Unreachable, match=url):
             jobs.running_engines()
+
+
+def test_an_answer_that_cannot_be_read_is_silence():
+    """Such as one that a proxy has packed otherwise than it says."""
+    with dashboard(headers=[("Content-Encoding", "gzip")]) as (url, _):
+        with pytest.raises(Unreachable, match=rf"{url} does not answer \(DecodingError"):
+            version(url)
 
 
 def test_rays_own_word_is_no_silence():
