@@ -109,7 +109,7 @@ class Dashboard:
         raise self.refusal(response)
 
     def is_there(self, response: httpx.Response) -> bool:
-        """Return whether the job is there that was asked for.
+        """Return whether the job or package is there that was asked for.
 
         Raises:
             Unreachable: somebody else than Ray says that it is not, such as a proxy that has lost the dashboard.
@@ -130,6 +130,15 @@ class Dashboard:
             return response.json()[key]
         except (ValueError, KeyError, TypeError):
             raise self._somebody_else(response) from None
+
+    def require_no_words(self, response: httpx.Response) -> None:
+        """Check that the dashboard has answered, which says nothing of a package that it has.
+
+        Raises:
+            Unreachable: there is a text: it is not the dashboard that has answered.
+        """
+        if response.content:
+            raise self._somebody_else(response)
 
     def listed(self, response: httpx.Response) -> list[dict[str, Any]]:
         """Return the objects that the dashboard lists.

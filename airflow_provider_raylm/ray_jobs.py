@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote
 
-import httpx
-
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.dashboard import Dashboard
 from airflow_provider_raylm.errors import ClusterError
@@ -224,6 +222,7 @@ class RayJobsClient:
         # A taken id is answered with 400 or 500, by which of Ray's processes notices it.
         response = self._dashboard.call("POST", "/api/jobs/", json=body, accept=(400, 500))
         if response.is_success:
+            self._dashboard.said(response, "submission_id")
             return True
         if "already exists" in response.text:
             return False
@@ -258,7 +257,9 @@ class RayJobsClient:
         """
         with self._dashboard.open() as http:
             path = f"/api/jobs/{quote(submission_id, safe='')}/stop"
-            self._dashboard.is_there(self._dashboard.call("POST", path, accept=(404,), http=http))
+            response = self._dashboard.call("POST", path, accept=(404,), http=http)
+            if self._dashboard.is_there(response):
+                self._dashboard.said(response, "stopped")
 
     def running_engines(self) -> tuple[EngineRef, ...]:
         """Return the engines that can take work, whoever deployed them through this provider."""
@@ -280,8 +281,10 @@ class RayJobsClient:
     def _upload(self, name: str, content: bytes) -> str:
         path = f"/api/packages/gcs/{name}"
         # The look keeps the package from being collected until the job refers to it; for ten minutes, if none does.
-        if self._dashboard.call("GET", path, accept=(404,)).status_code == httpx.codes.NOT_FOUND:
-            self._dashboard.call("PUT", path, content=content)
+        answer = self._dashboard.call("GET", path, accept=(404,))
+        if not self._dashboard.is_there(answer):
+            answer = self._dashboard.call("PUT", path, content=content)
+        self._dashboard.require_no_words(answer)
         return f"gcs://{name}"
 
     def _hand_over(self, given: Mapping[str, Any]) -> str:

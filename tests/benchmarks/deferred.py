@@ -61,11 +61,11 @@ class _Jobs(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
         self.server.jobs.add(body.get("submission_id", ""))
-        self._answer(200, {"submission_id": body.get("submission_id")})
+        self._answer(200, {"submission_id": body.get("submission_id"), "stopped": True})
 
     def do_PUT(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        self._answer(200, {})
+        self._answer(200, "")
 
     def _answer(self, code: int, body: dict[str, Any] | str, kind: str = "application/json") -> None:
         content = (body if isinstance(body, str) else json.dumps(body)).encode()

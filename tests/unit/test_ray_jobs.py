@@ -147,16 +147,20 @@ def test_something_else_there():
     ],
 )
 def test_what_is_not_rays_own_word_is_silence(status, body):
-    """A proxy, an ingress or a page to log in says nothing of a job, nor of a stop."""
+    """A proxy, an ingress or a page to log in says nothing of a job, and takes neither a job nor a stop."""
     with dashboard(status, body=body) as (url, _), closing(RayJobsClient(url)) as jobs:
         for ask in (jobs.get, jobs.logs):
             with pytest.raises(Unreachable, match=url):
                 ask("job-1")
-        if status != 200:
-            with pytest.raises(Unreachable, match=url):
-                jobs.stop("job-1")
+        with pytest.raises(Unreachable, match=url):
+            jobs.stop("job-1")
+        with pytest.raises(Unreachable, match=url):
+            jobs.submit(JobRequest("job-1", "infer", {}))
         with pytest.raises(Unreachable, match=url):
             jobs.running_engines()
+    with dashboard(status, body=body) as (url, _), closing(RayJobsClient(url, ship_package=False)) as jobs:
+        with pytest.raises(Unreachable, match=url):
+            jobs.submit(JobRequest("job-1", "infer", {}))
 
 
 def test_an_answer_that_cannot_be_read_is_silence():
@@ -172,6 +176,15 @@ def test_rays_own_word_is_no_silence():
         assert jobs.get("job-1") is None
         assert jobs.logs("job-1") == ""
         jobs.stop("job-1")
+
+
+def test_a_package_is_there_when_ray_says_so():
+    """Which it does without a word; a page to log in is another's."""
+    with dashboard(body="") as (url, _), closing(RayJobsClient(url)) as jobs:
+        assert jobs._upload("p.zip", b"p") == "gcs://p.zip"
+    with dashboard(body="<html>log in</html>") as (url, _), closing(RayJobsClient(url)) as jobs:
+        with pytest.raises(Unreachable, match="not as a Ray dashboard"):
+            jobs._upload("p.zip", b"p")
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])

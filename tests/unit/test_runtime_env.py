@@ -176,13 +176,15 @@ def recording():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_error(404)
+            self.send_error(404, explain=f"Package {self.path} does not exist")
 
         def do_PUT(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             sent.append((self.command, self.path, body))
             self.send_response(200)
             self.end_headers()
+            if self.command == "POST":
+                self.wfile.write(json.dumps({"submission_id": json.loads(body)["submission_id"]}).encode())
 
         do_POST = do_PUT
 
