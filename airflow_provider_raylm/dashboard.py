@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -22,6 +22,8 @@ _RAYS_NOT_FOUND = "does not exist"
 # Of what a server refuses, beside its own failures and redirects: time-outs, too much at a time, and a dashboard that a
 # proxy does not find.
 _PASSING = frozenset({404, 408, 425, 429})
+
+Read = TypeVar("Read")
 
 
 class Dashboard:
@@ -126,9 +128,17 @@ class Dashboard:
         Raises:
             Unreachable: it is not the dashboard that has answered, such as a page to log in.
         """
+        return self.read(response, lambda answer: answer[key])
+
+    def read(self, response: httpx.Response, of: Callable[[Any], Read]) -> Read:
+        """Return what *of* makes of the dashboard's answer, from JSON.
+
+        Raises:
+            Unreachable: it can make nothing of it: it is not the dashboard that has answered, but perhaps a gateway.
+        """
         try:
-            return response.json()[key]
-        except (ValueError, KeyError, TypeError):
+            return of(response.json())
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise self._somebody_else(response) from None
 
     def require_no_words(self, response: httpx.Response) -> None:
@@ -139,18 +149,6 @@ class Dashboard:
         """
         if response.content:
             raise self._somebody_else(response)
-
-    def listed(self, response: httpx.Response) -> list[dict[str, Any]]:
-        """Return the objects that the dashboard lists.
-
-        Raises:
-            Unreachable: it is not the dashboard that has answered.
-        """
-        with suppress(ValueError):
-            found = response.json()
-            if isinstance(found, list) and all(isinstance(one, dict) for one in found):
-                return found
-        raise self._somebody_else(response)
 
     def _somebody_else(self, response: httpx.Response) -> Unreachable:
         return Unreachable(

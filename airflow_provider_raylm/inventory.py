@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from airflow_provider_raylm.naming import (
     application_name,
     fingerprint,
 )
-from airflow_provider_raylm.polling import JobInfo
+from airflow_provider_raylm.polling import STATUSES, JobInfo
 from airflow_provider_raylm.specs import EngineRef, EngineSpec, Labels, build
 
 RUNNING = "RUNNING"
@@ -96,6 +96,9 @@ def engines_in(applications: Mapping[str, Any], dashboard_url: str) -> tuple[See
     """Return the engines of this package among Serve's *applications*, as its REST API describes them.
 
     One that does not say even whose it is, is left out.
+
+    Raises:
+        LookupError, TypeError, AttributeError: Serve's REST API describes nothing so.
     """
     found = []
     for name, application in applications.items():
@@ -132,8 +135,14 @@ def _seen(ref: EngineRef, application: Mapping[str, Any], engine: Mapping[str, A
     )
 
 
-def jobs_in(listed: Iterable[Mapping[str, Any]]) -> tuple[SeenJob, ...]:
-    """Return the jobs of this package among those that the Jobs REST API lists."""
+def jobs_in(listed: Sequence[Mapping[str, Any]]) -> tuple[SeenJob, ...]:
+    """Return the jobs of this package among those that the Jobs REST API lists.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: it lists nothing so.
+    """
+    if not isinstance(listed, list):
+        raise TypeError(f"expected a list, got {type(listed).__name__}")
     return tuple(
         SeenJob(one["submission_id"], job_info(one), _seconds(one.get("end_time")))
         for one in listed
@@ -142,11 +151,18 @@ def jobs_in(listed: Iterable[Mapping[str, Any]]) -> tuple[SeenJob, ...]:
 
 
 def job_info(job: Mapping[str, Any]) -> JobInfo:
-    """Return a job as the Jobs REST API describes it."""
+    """Return a job as the Jobs REST API describes it.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: it describes none so.
+    """
+    status = job["status"]
+    if status not in STATUSES:
+        raise ValueError(f"{status!r} is no status of a Ray job")
     return JobInfo(
-        job["status"],
+        status,
         job.get("message") or "",
-        job.get("metadata") or {},
+        dict(job.get("metadata") or {}),
         # Ray's start is when the job was handed in. A job that has run has a node.
         submitted_at=_seconds(job.get("start_time")),
         started=bool(job.get("driver_node_id", True)),

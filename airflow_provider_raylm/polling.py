@@ -12,6 +12,7 @@ SUCCEEDED = "SUCCEEDED"
 FAILED = "FAILED"
 STOPPED = "STOPPED"
 TERMINAL = frozenset({SUCCEEDED, FAILED, STOPPED})
+STATUSES = TERMINAL | {PENDING, "RUNNING"}
 
 # Ray itself fails a job after RAY_JOB_START_TIMEOUT_SECONDS, of the head's environment: 900 unless it is set.
 PENDING_TIMEOUT_S = 1800.0

@@ -233,8 +233,7 @@ class RayJobsClient:
         response = self._dashboard.call("GET", f"/api/jobs/{quote(submission_id, safe='')}", accept=(404,))
         if not self._dashboard.is_there(response):
             return None
-        self._dashboard.said(response, "status")
-        return job_info(response.json())
+        return self._dashboard.read(response, job_info)
 
     def logs(self, submission_id: str, lines: int | None = None) -> str:
         """Return the last *lines* of the job's output, or all; empty while there is none."""
@@ -268,11 +267,11 @@ class RayJobsClient:
     def all_engines(self) -> tuple[SeenEngine, ...]:
         """Return all engines that are there, also those that are coming or going."""
         answer = self._dashboard.call("GET", "/api/serve/applications/")
-        return engines_in(self._dashboard.said(answer, "applications"), self._browser_url)
+        return self._dashboard.read(answer, lambda told: engines_in(told["applications"], self._browser_url))
 
     def all_jobs(self) -> tuple[SeenJob, ...]:
         """Return the jobs of this package that Ray has not forgotten."""
-        return jobs_in(self._dashboard.listed(self._dashboard.call("GET", "/api/jobs/")))
+        return self._dashboard.read(self._dashboard.call("GET", "/api/jobs/"), jobs_in)
 
     def _uploaded(self, archives: Iterable[Archive]) -> list[str]:
         """Bring archives to the cluster, those that it lacks, and return their addresses."""

@@ -110,7 +110,7 @@ def test_jobs_are_those_of_this_package():
         models.JobDetails(**common, submission_id="raysubmit_1", status="RUNNING"),
         models.JobDetails(type="DRIVER", job_id="01000000", entrypoint="", status="RUNNING"),
     ]
-    infer, teardown = jobs_in(json.loads(one.model_dump_json()) for one in listed)
+    infer, teardown = jobs_in([json.loads(one.model_dump_json()) for one in listed])
 
     assert (infer.verb, infer.application, infer.ended_at) == ("infer", REF.application, 3000.5)
     assert infer.info == JobInfo("SUCCEEDED", "", metadata, 2000.0, True)
@@ -120,9 +120,14 @@ def test_jobs_are_those_of_this_package():
 
 def test_who_is_no_dashboard_has_listed_nothing():
     """Such as a page to log in: it is silence, and not a cluster without jobs."""
-    for body in ("<html>", "{}", '["a"]'):
+    odd = '[{"submission_id": "raylm-infer-x-0-1", "status": "ok"}]'
+    for body in ("<html>", "{}", '["a"]', odd, odd.replace("ok", 'RUNNING", "start_time": "x')):
         with dashboard(body=body) as (url, _), pytest.raises(Unreachable, match="not as a Ray dashboard"):
             RayJobsClient(url).all_jobs()
+    for found in ("null", "[]", "[1]", '{"raylm-e": {}}', '{"raylm-e": {"deployments": [1]}}'):
+        with dashboard(body=f'{{"applications": {found}}}') as (url, _):
+            with pytest.raises(Unreachable, match="not as a Ray dashboard"):
+                RayJobsClient(url).all_engines()
 
 
 def seen(status="RUNNING", autoscales=False, **ref):

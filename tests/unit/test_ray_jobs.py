@@ -144,6 +144,9 @@ def test_something_else_there():
         (200, "<html>log in</html>"),
         (200, "[]"),
         (200, "{}"),
+        (200, '{"status": "ok", "message": "alive"}'),
+        (200, '{"status": "RUNNING", "metadata": "a"}'),
+        (200, '{"status": ["RUNNING"]}'),
     ],
 )
 def test_what_is_not_rays_own_word_is_silence(status, body):
