@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,6 +23,7 @@ from airflow_provider_raylm.operators.base import (
 from airflow_provider_raylm.operators.checks import renderable, require_name
 from airflow_provider_raylm.operators.owners import (
     application_of,
+    deployed,
     installation,
     labels_of,
     on_the_engines_cluster,
@@ -114,18 +116,20 @@ class TeardownEngineOperator(DeferrableRayLMOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(retries=retries, **on_the_engines_cluster(engine, kwargs))
+        self._follows_deploy = isinstance(engine, str) and not kwargs.get("raylm_conn_id")
         if on_busy not in get_args(OnBusy):
             raise SpecError(f"on_busy: {on_busy!r} is none of {', '.join(get_args(OnBusy))}")
         self.on_busy = on_busy
         self.drain_timeout = drain_timeout
         self.engine = engine if isinstance(engine, str) else renderable(EngineRef, engine)
+        self._given = str(engine)
         if isinstance(engine, str) and not is_deferred(engine):
             require_name(engine)
 
     def command(self, context: Context) -> Command:
         """Return the teardown of the run's engine."""
         if isinstance(self.engine, str):
-            application = application_of(self.engine, _deployed_by(context.get("dag")), context)
+            application = self._application_of(self.engine, context)
         elif self.engine is None:
             raise SpecError(
                 "engine: the deploy task left no reference. Give the engine's name instead (engine='…'): it is enough "
@@ -137,6 +141,15 @@ class TeardownEngineOperator(DeferrableRayLMOperator):
             application = ref.application
         payload = {"application": application, "on_busy": self.on_busy, "drain_timeout": self.drain_timeout}
         return Command("teardown", payload, application=application)
+
+    def _application_of(self, name: str, context: Context) -> str:
+        """Return the application of this run's engine of that name; go where it was deployed unless told otherwise."""
+        dag = context.get("dag")
+        deploys = _deployed_by(dag, self.get_flat_relative_ids(upstream=True) if dag is not None else ())
+        task_id, ref = deployed(name, self._given, deploys, context)
+        if dag is not None and task_id is not None and self._follows_deploy:
+            self.raylm_conn_id = getattr(dag.task_dict[task_id], "raylm_conn_id", self.raylm_conn_id)
+        return application_of(name, deploys, context) if ref is None else ref.application
 
     def finish(self, context: Context, outcome: Outcome) -> dict[str, Any]:
         """Return the TeardownReport, having said who used the engine's time."""
@@ -190,7 +203,8 @@ class SweepEnginesOperator(RayLMOperator):
         return json_values(report)
 
 
-def _deployed_by(dag: DAG | None) -> dict[str, Any]:
-    """Return the name of the engine that each deploy task of a DAG deploys; None where it is not known."""
+def _deployed_by(dag: DAG | None, first: Collection[str]) -> dict[str, Any]:
+    """Return the name of the engine that each deploy task of a DAG deploys, *first* first; None where it is unknown."""
     deploys = [task for task in (dag.tasks if dag is not None else ()) if isinstance(task, DeployEngineOperator)]
+    deploys.sort(key=lambda task: task.task_id not in first)
     return {task.task_id: task.engine.get("name") if isinstance(task.engine, dict) else None for task in deploys}

@@ -35,28 +35,50 @@ def installation() -> str:
 def labels_of(context: Context, engine: str) -> Labels:
     """Return the labels of this run's engine of that name."""
     ti = context["ti"]
+    return Labels(installation=installation(), dag_id=ti.dag_id, run_id=ti.run_id, engine=_label(context, engine))
+
+
+def _label(context: Context, engine: str) -> str:
+    ti = context["ti"]
     # Each instance of a mapped task group has its own.
     mapped = f"[{ti.map_index}]" if ti.map_index is not None and ti.map_index >= 0 else ""
-    return Labels(installation=installation(), dag_id=ti.dag_id, run_id=ti.run_id, engine=f"{engine}{mapped}")
+    return f"{engine}{mapped}"
 
 
-def application_of(name: str, deploys: Mapping[str, object], context: Context) -> str:
-    """Return the application of this run's engine of that name, as its deploy task has said, or as it follows.
+def deployed(
+    name: str, given: str, deploys: Mapping[str, object], context: Context
+) -> tuple[str | None, EngineRef | None]:
+    """Return the task that deploys this run's engine of that name, and what it has said; None for what is not known.
 
     Args:
         name: the engine's name.
-        deploys: the name of the engine that each deploy task of the DAG deploys; None where it is not known.
+        given: the name as the DAG has it: rendered now, a template may say something else than for the deploy task.
+        deploys: the name, as the DAG has it, of the engine that each deploy task deploys; None where it is not known.
+        context: of the task that asks.
+    """
+    named = [task_id for own in dict.fromkeys((given, name)) for task_id, one in deploys.items() if one == own]
+    unknown = [task_id for task_id, one in deploys.items() if task_id not in named and is_deferred(one)]
+    for task_id in (*named, *unknown):
+        said = context["ti"].xcom_pull(task_ids=task_id)
+        ref = build(EngineRef, said) if isinstance(said, dict) else None
+        if ref is not None and (task_id in named or ref.labels.engine == _label(context, name)):
+            return task_id, ref
+    return next(iter(named), None), None
+
+
+def application_of(name: str, deploys: Mapping[str, object], context: Context) -> str:
+    """Return the application that this run's engine of that name has, as no deploy task has said otherwise.
+
+    Args:
+        name: the engine's name.
+        deploys: as ``deployed`` takes them.
         context: of the task that asks.
 
     Raises:
         SpecError: no task of this DAG deploys it.
     """
     require_name(name)
-    known = [str(one) for one in deploys.values() if one is not None and not is_deferred(one)]
-    for task_id, one in deploys.items():
-        said = context["ti"].xcom_pull(task_ids=task_id) if one == name else None
-        if isinstance(said, dict):
-            return build(EngineRef, said).application
+    known = [str(one) for one in deploys.values() if not is_deferred(one)]
     if deploys and name not in known and len(known) == len(deploys):
         raise SpecError(f"engine: no task of this DAG deploys an engine named {name!r}; there are {', '.join(known)}.")
     return application_name(labels_of(context, name))

@@ -223,6 +223,57 @@ def test_a_teardown_by_name_goes_by_what_the_deploy_has_said(airflow_db, monkeyp
     assert fake.engines == {}
 
 
+def test_a_teardown_by_a_templated_name_goes_by_what_the_deploy_has_said(airflow_db, monkeypatch):
+    """Also when the template says something else by now; and this Airflow is called otherwise."""
+    monkeypatch.setenv("NAME_OF_ENGINE", "first")
+    named = "{{ named() }}"
+    with DAG("templated", schedule=None, user_defined_macros={"named": lambda: os.environ["NAME_OF_ENGINE"]}) as dag:
+        deploy = DeployEngineOperator(task_id="deploy", engine={"name": named, "model": "m"})
+
+        @task
+        def rename():
+            monkeypatch.setenv("NAME_OF_ENGINE", "second")
+            monkeypatch.setenv("AIRFLOW__RAYLM__INSTALLATION", "renamed")
+
+        deploy >> rename() >> TeardownEngineOperator(task_id="teardown", engine=named)
+    fake = FakeRayJobs()
+
+    assert set(run(dag, fake).values()) == {"success"}
+    assert fake.engines == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "deployed_as", "own", "found"),
+    [
+        ("a", "a", {}, "other"),
+        ("{{ params.n }}", "{{ params.n }}", {}, "other"),
+        ("a", "{{ params.n }}", {}, "other"),
+        ("a", "a", {"raylm_conn_id": "own"}, "own"),
+    ],
+)
+def test_a_teardown_by_name_goes_where_the_deploy_went(airflow_db, monkeypatch, name, deployed_as, own, found):
+    """Unless it is told to go elsewhere."""
+    asked = []
+    with DAG("conns", schedule=None, params={"n": "a"}) as dag:
+        for conn_id in ("another", "other"):
+            engine = {"name": deployed_as if conn_id == "other" else "b", "model": "m"}
+            deploy = DeployEngineOperator(task_id=conn_id, engine=engine, raylm_conn_id=conn_id)
+            mine = {"engine": name, **own} if conn_id == "other" else {"engine": "b"}
+            TeardownEngineOperator(task_id=f"end_{conn_id}", **mine).as_teardown(setups=deploy)
+    fake = FakeRayJobs()
+    run_on_cluster = TeardownEngineOperator.run_on_cluster
+
+    def spy(self, *arguments):
+        asked.append((self.task_id, self.raylm_conn_id))
+        return run_on_cluster(self, *arguments)
+
+    monkeypatch.setattr(TeardownEngineOperator, "run_on_cluster", spy)
+
+    assert set(run(dag, fake).values()) == {"success"}
+    assert dict(asked) == {"end_another": "another", "end_other": found}
+    assert fake.engines == {}
+
+
 def test_an_airflow_without_a_name_deploys_and_sweeps_nothing(monkeypatch):
     """It would take another's engines for its own."""
     monkeypatch.delenv("AIRFLOW__RAYLM__INSTALLATION")
