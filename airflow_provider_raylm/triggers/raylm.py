@@ -21,6 +21,35 @@ from airflow_provider_raylm.triggers.connections import Connection, connection
 TAKEN_OVER_AFTER_S = 60.0
 
 
+class _Refusals:
+    """Bears a refused token for as long as silence: it has changed, and the connection will.
+
+    What the connection was when the task was deferred says nothing.
+    """
+
+    def __init__(self, shared: Connection, log: Any) -> None:
+        self._shared = shared
+        self._log = log
+        self._since: float | None = None
+
+    def over(self) -> None:
+        """Take note that the token is accepted."""
+        self._since = None
+
+    def bear(self, error: Refused) -> None:
+        """Have the connection read again.
+
+        Raises:
+            Refused: that has been so for long enough.
+        """
+        if self._since is None:
+            self._since = time.monotonic()
+            self._log.warning("%s Reading the connection again for %g s.", error, OUTAGE_LIMIT_S)
+        if time.monotonic() - self._since >= OUTAGE_LIMIT_S:
+            raise error
+        self._shared.renew()
+
+
 class RayJobTrigger(BaseTrigger):
     """Follows a Ray job and fires once, with all that the resumed task needs.
 
@@ -84,20 +113,14 @@ class RayJobTrigger(BaseTrigger):
                 await shared.look(follower.skip)
             except Unreachable as error:
                 self.log.warning("%s", error)
-        refused_since = None
+        refusals = _Refusals(shared, self.log)
         while isinstance(seen, Watch):
             try:
                 follower.jobs = await shared.jobs()
                 seen = await shared.look(follower.step, seen)
-                refused_since = None
+                refusals.over()
             except Refused as error:
-                # The token has changed, and the connection will: what it was when the task was deferred says nothing.
-                if refused_since is None:
-                    refused_since = time.monotonic()
-                    self.log.warning("%s Reading the connection again for %g s.", error, OUTAGE_LIMIT_S)
-                if time.monotonic() - refused_since >= OUTAGE_LIMIT_S:
-                    raise
-                shared.renew()
+                refusals.bear(error)
             finally:
                 # Here and not in the thread, which does not know whose log it is.
                 while said:
@@ -119,13 +142,22 @@ class RayJobTrigger(BaseTrigger):
         if await asyncio.to_thread(self._is_deferred):
             self.log.info("the task is still deferred: another triggerer follows Ray job %s", self.submission_id)
             return
-        said: list[str] = []
         async with connection(self.raylm_conn_id) as shared:
-            try:
-                await shared.stop(self.submission_id, said.append)
-            finally:
-                for line in said:
-                    self.log.info("%s", line)
+            refusals = _Refusals(shared, self.log)
+            while not await self._is_told_to_stop(shared, refusals):
+                await asyncio.sleep(shared.pause(self.poll_interval))
+
+    async def _is_told_to_stop(self, shared: Connection, refusals: _Refusals) -> bool:
+        said: list[str] = []
+        try:
+            await shared.stop(self.submission_id, said.append)
+        except Refused as error:
+            refusals.bear(error)
+            return False
+        finally:
+            for line in said:
+                self.log.info("%s", line)
+        return True
 
     def _is_deferred(self) -> bool:
         # A triggerer has this module already; whoever parses DAGs need not.
@@ -169,13 +201,17 @@ class EngineTrigger(BaseTrigger):
 
     async def _find(self, shared: Connection) -> EngineRef:
         query = build(EngineQuery, self.query)
+        refusals = _Refusals(shared, self.log)
         while True:
             try:
                 jobs = await shared.jobs()
                 found = query.latest(await shared.look(jobs.running_engines))
+            except Refused as error:
+                refusals.bear(error)
             except Unreachable as error:
                 self.log.warning("%s", error)
             else:
+                refusals.over()
                 if found is not None:
                     return found
             await asyncio.sleep(shared.pause(self.poll_interval))

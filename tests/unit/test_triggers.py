@@ -12,9 +12,9 @@ from airflow_provider_raylm import following
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.polling import FAILED, SUCCEEDED, JobInfo, Refused, Unreachable
-from airflow_provider_raylm.specs import Progress
+from airflow_provider_raylm.specs import EngineRef, Progress
 from airflow_provider_raylm.triggers import connections, raylm
-from airflow_provider_raylm.triggers.raylm import RayJobTrigger
+from airflow_provider_raylm.triggers.raylm import EngineTrigger, RayJobTrigger
 from airflow_provider_raylm.wire import error_line, progress_line, result_line, said_line
 
 RUNNING = JobInfo("RUNNING")
@@ -304,6 +304,50 @@ def test_a_token_that_has_changed_is_read_again(clusters, said):
     (event,) = asyncio.run(fired(on("c")))
     assert event["result"] == {"a": 1}
     assert jobs.opens == 3
+
+
+@TOLD_TO_STOP
+def test_a_token_that_has_changed_is_read_again_for_a_stop(clusters, said):
+    """The job would go on."""
+    jobs = clusters["c"] = Jobs(RUNNING, last="")
+    answers = [Refused("wrong token"), Refused("wrong token"), None]
+
+    def stop(submission_id):
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+        jobs.stopped.append(submission_id)
+
+    jobs.stop = stop
+    one = on("c")
+    one._is_deferred = lambda: False
+
+    asyncio.run(one.on_kill())
+    assert (jobs.stopped, jobs.opens) == (["job-1"], 3)
+
+
+@pytest.mark.parametrize("refused", [2, 10**6])
+def test_a_token_that_has_changed_is_read_again_for_an_engine(clusters, monkeypatch, refused):
+    """For as long as for a job."""
+    monkeypatch.setattr(raylm, "OUTAGE_LIMIT_S", 0.2)
+    jobs = clusters["c"] = Jobs(RUNNING, last="")
+    labels = {"installation": "i", "dag_id": "d", "run_id": "r", "engine": "e"}
+    ref = EngineRef(application="raylm-e", deployment="engine", model="m", fingerprint="f", labels=labels, lease={})
+    looks = iter(range(refused))
+
+    def running_engines():
+        if next(looks, None) is not None:
+            raise Refused("wrong token")
+        return (ref,)
+
+    jobs.running_engines = running_engines
+    (event,) = asyncio.run(fired(EngineTrigger("c", {"installation": "i", "engine": "e"}, 0.01)))
+
+    if refused == 2:
+        assert event == {"engine": ref.model_dump(mode="json")}
+        assert jobs.opens == 3
+    else:
+        assert event == {"error": {"type": "ClusterError", "message": "wrong token"}}
 
 
 def test_a_token_that_stays_wrong_ends_the_task(clusters, said, monkeypatch):
