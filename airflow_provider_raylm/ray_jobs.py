@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.dashboard import Dashboard
-from airflow_provider_raylm.errors import ClusterError
+from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.inventory import RUNNING, SeenEngine, SeenJob, engines_in, job_info, jobs_in
 from airflow_provider_raylm.packages import Archive, Packed, package_archive
 from airflow_provider_raylm.polling import JobInfo
@@ -60,7 +60,7 @@ class JobRequest:
         """Return the request as the cluster reads it.
 
         Raises:
-            ClusterError: it does not fit into the job's environment.
+            SpecError: it does not fit into the job's environment, and never will.
         """
         spec = self.environment.spec
         text = json.dumps(
@@ -72,7 +72,7 @@ class JobRequest:
             }
         )
         if len(text.encode()) > _MAX_REQUEST_BYTES:
-            raise ClusterError(
+            raise SpecError(
                 f"the {self.verb} request has {len(text.encode()):,} bytes; a job carries {_MAX_REQUEST_BYTES:,}. "
                 "Shorten the prompt, or name fewer source files (a folder or a glob)."
             )

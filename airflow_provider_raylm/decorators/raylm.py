@@ -10,6 +10,7 @@ from airflow.sdk.definitions.context import context_merge
 
 from airflow_provider_raylm.compat import determine_kwargs
 from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.operators.base import no_retries_in_vain
 from airflow_provider_raylm.operators.checks import FIELDS
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
 from airflow_provider_raylm.specs import BatchSpec, with_new_names
@@ -82,7 +83,8 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
         Raises:
             SpecError: the function returned something else, or what it returned does not fit.
         """
-        self.settle(context)
+        with no_retries_in_vain(self.gone_for_good):
+            self.settle(context)
         result: dict[str, Any] = super().execute(context)
         return result
 

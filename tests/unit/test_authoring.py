@@ -15,6 +15,7 @@ from airflow_provider_raylm.operators.raylm import (
     TeardownEngineOperator,
     installation,
 )
+from airflow_provider_raylm.specs import BatchSpec
 from airflow_provider_raylm.testing import FakeRayJobs
 from tests.airflows import DagBag, sync_bag_to_db
 
@@ -342,6 +343,27 @@ def test_two_tasks_of_one_output_are_refused():
             engine.infer("y", output="s3://out/x/", **batch)
         engine.infer("z1", output="s3://out/{{ ds }}", **batch)
         engine.infer("z2", output="s3://out/{{ ds }}", **batch)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [lambda: "a text", lambda: BatchSpec(source="s3://in", output="s3://out/x"), lambda: {"max_tokens": 0}],
+)
+def test_what_a_function_returns_wrongly_is_not_tried_again(airflow_db, returned):
+    """An engine may hold a GPU meanwhile."""
+    calls = []
+    with DAG("returned", schedule=None) as dag, shared_engine("a", model="m") as engine:
+
+        @engine.task(retries=1, retry_delay=timedelta(0), batch=BATCH)
+        def x():
+            calls.append(1)
+            return returned()
+
+        x()
+    fake = FakeRayJobs()
+
+    assert run(dag, fake)["x"] == "failed"
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("deferrable", [False, True])

@@ -217,8 +217,8 @@ def test_a_certificate_that_is_not_trusted(certificate):
 
 
 def test_a_request_that_no_job_can_carry():
-    """Linux bounds an environment string."""
-    with pytest.raises(ClusterError, match=r"carries 120,000.*Shorten the prompt"):
+    """Linux bounds an environment string; the author has to change something."""
+    with pytest.raises(SpecError, match=r"carries 120,000.*Shorten the prompt"):
         JobRequest("a", "infer", {"x": "y" * 120_000}).wire()
 
 
