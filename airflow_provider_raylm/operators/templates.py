@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment, TemplateSyntaxError, nodes
 
 from airflow_provider_raylm.errors import SpecError
 
@@ -54,11 +54,22 @@ def require_templates(where: str, value: Any) -> None:
 
 def _not_jinja(text: str) -> str | None:
     try:
-        _JINJA.parse(text)
+        parsed = _JINJA.parse(text)
         comments = any(kind == "comment_begin" for _, kind, _ in _JINJA.lex(text))
     except TemplateSyntaxError as error:
         return f"Jinja cannot read it: {error.message}"
-    return "what stands between {# and #} is a comment for Jinja, which leaves it out" if comments else None
+    if comments:
+        return "what stands between {# and #} is a comment for Jinja, which leaves it out"
+    if any(_is_number(one) for output in parsed.find_all(nodes.Output) for one in output.nodes):
+        return "a number between {{ and }} is a value for Jinja, which leaves the braces out"
+    return None
+
+
+def _is_number(node: nodes.Node) -> bool:
+    """Return whether nobody writes that for Jinja, but for LaTeX, a regular expression or a format."""
+    if isinstance(node, nodes.Tuple):
+        return all(map(_is_number, node.items))
+    return isinstance(node, nodes.Const) and type(node.value) in (int, float)
 
 
 def require_no_templates(where: str, value: Any, unrendered: Collection[int]) -> None:

@@ -311,6 +311,8 @@ def test_a_run_that_is_cleared_meets_the_same_job(airflow_db):
             {"prompt": "Sum up {# shortly #}: ${text}"},
             r"prompt: what stands between \{# and #\} is a comment",
         ),
+        ({"prompt": r"Is ${text} \frac{{1}}{{2}} or less?"}, r"prompt: a number between \{\{ and \}\} is a value"),
+        ({"prompt": r"Find [0-9]{{1,3}} in ${text}"}, r"prompt: a number between"),
         ({"prompt": 'Answer as {{"label": "x"}}: ${text}'}, r"BatchSpec\.prompt: Jinja cannot read it"),
         ({"messages": [{"role": "user", "content": "100{% of ${text}"}]}, r"BatchSpec\.messages\.0\.content: Jinja"),
     ],
@@ -324,14 +326,20 @@ def test_text_that_jinja_would_eat_is_refused(fields, words):
 
 def test_text_that_is_no_template_comes_through(airflow_db):
     """As a literal, or marked in Jinja's own way; what a row's column is put into is none."""
+    braces = "{{ '{{' }}1{{ '}}' }} ${text}"
     odd = 'Answer as {{"label": "x"}} {# so #}: ${text}'
     with DAG("literal", schedule=None) as dag, shared_engine("a", model="m") as engine:
-        for name, prompt in (("l", literal(odd)), ("r", f"{{% raw %}}{odd}{{% endraw %}}"), ("p", "{ ${text} } { {")):
+        for name, prompt in (
+            ("l", literal(odd)),
+            ("r", f"{{% raw %}}{odd}{{% endraw %}}"),
+            ("p", "{ ${text} } { {"),
+            ("b", braces),
+        ):
             engine.infer(name, source="s3://in", prompt=prompt, output=f"s3://out/{name}")
     fake = FakeRayJobs()
 
     assert set(run(dag, fake).values()) == {"success"}
-    assert [fake.batches[name].prompt for name in "lrp"] == [odd, odd, "{ ${text} } { {"]
+    assert [fake.batches[name].prompt for name in "lrpb"] == [odd, odd, "{ ${text} } { {", "{{1}} ${text}"]
 
 
 def test_two_tasks_of_one_output_are_refused():
