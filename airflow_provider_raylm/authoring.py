@@ -206,10 +206,11 @@ def _enclose(deploy: Task, teardown: Task, inside: Sequence[Task]) -> None:
     users = {task.task_id: task for task in (*inside, *deploy.get_flat_relatives(upstream=False))}
     users = {name: task for name, task in users.items() if name not in {*after, teardown.task_id}}
     for task in users.values():
-        require_rule(task, [deploy] if deploy.task_id in task.upstream_task_ids else [])
+        first = not task.upstream_task_ids & {*users, deploy.task_id}
+        require_rule(task, [deploy] if first or deploy.task_id in task.upstream_task_ids else [])
         if isinstance(task, MappedOperator):
             require_own_outputs(task)
-        if not task.upstream_task_ids & {*users, deploy.task_id}:
+        if first:
             task.set_upstream(deploy)
         if not task.downstream_task_ids & {*users, teardown.task_id}:
             task.set_downstream(teardown)

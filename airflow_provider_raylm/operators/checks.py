@@ -61,9 +61,10 @@ def require_rule(task: Task, deploys: Iterable[Any]) -> None:
     """
     setup = next((one.task_id for one in deploys if getattr(one, "is_setup", False)), None)
     if setup is not None and not task.is_teardown and task.trigger_rule != TriggerRule.ALL_SUCCESS:
+        rule = TriggerRule(task.trigger_rule).value
         raise SpecError(
             f"trigger_rule: {task.task_id} runs on what {setup} sets up, and Airflow lets such a task only have "
-            f"all_success. Give {str(task.trigger_rule)!r} to a task before it, outside the engine's `with`: "
+            f"all_success. Give {rule!r} to a task before it, outside the engine's `with`: "
             "EmptyOperator(task_id=..., trigger_rule=...)."
         )
 

@@ -266,8 +266,15 @@ def test_a_rule_that_no_task_behind_a_setup_may_have_is_refused():
         partial = BatchInferenceOperator.partial(task_id="x", engine=engine.ref, trigger_rule="all_done")
         partial.expand(batch=[BATCH])
 
-    for add in (lambda engine: engine.infer("x", trigger_rule="none_failed", **BATCH), mapped):
-        with pytest.raises(SpecError, match=r"trigger_rule: x runs on what deploy_a sets up.*EmptyOperator\(task_id="):
+    def mapped_without_the_engine(engine):
+        task(task_id="x", trigger_rule="none_failed")(lambda row: row).expand(row=[1, 2])
+
+    def plain(engine):
+        engine.infer("x", trigger_rule="none_failed", **BATCH)
+
+    words = r"trigger_rule: x runs on what deploy_a sets up.*Give '(none_failed|all_done)' to.*EmptyOperator\(task_id="
+    for add in (plain, mapped, mapped_without_the_engine):
+        with pytest.raises(SpecError, match=words):
             parse(add)
 
 
