@@ -52,6 +52,11 @@ def check_options(options: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapp
     Raises:
         SpecError: they are not by protocol, or no JSON.
     """
+    if not isinstance(options, Mapping):
+        raise SpecError(
+            f"storage_options: expected a dict of protocols with their options, got {type(options).__name__}; "
+            "JSON text becomes one with json.loads"
+        )
     for protocol, own in options.items():
         if not isinstance(own, Mapping):
             raise SpecError(

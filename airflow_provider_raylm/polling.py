@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from airflow_provider_raylm.errors import ClusterError
+from airflow_provider_raylm.errors import ClusterError, SpecError
 
 PENDING = "PENDING"
 SUCCEEDED = "SUCCEEDED"
@@ -21,6 +21,22 @@ PENDING_SAID_AFTER_S = 15.0
 SAY_PERIOD_S = 60.0
 # Seconds of silence after which a job counts as lost: a dashboard that is restarted is back by then.
 OUTAGE_LIMIT_S = 300.0
+
+
+def require_seconds(field: str, value: object, from_zero: bool = False) -> None:
+    """Refuse what is no time to wait.
+
+    Args:
+        field: what it is given for.
+        value: the seconds.
+        from_zero: whether it may be 0.
+
+    Raises:
+        SpecError: it is text, negative, or not a number.
+    """
+    if not isinstance(value, int | float) or not (value > 0 or (from_zero and value == 0)):
+        least = "of 0 or more" if from_zero else "above 0"
+        raise SpecError(f"{field}: {value!r} is no number of seconds {least}")
 
 
 class Unreachable(ClusterError):

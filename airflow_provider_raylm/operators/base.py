@@ -21,7 +21,7 @@ from airflow_provider_raylm.naming import submission_id
 from airflow_provider_raylm.observability import annotate, measure_progress
 from airflow_provider_raylm.operators.rendering import RendersText
 from airflow_provider_raylm.packages import Packed, pack
-from airflow_provider_raylm.polling import PENDING_TIMEOUT_S, Watch
+from airflow_provider_raylm.polling import PENDING_TIMEOUT_S, Watch, require_seconds
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
 from airflow_provider_raylm.specs import (
     BatchReport,
@@ -130,7 +130,7 @@ class RayLMOperator(RendersText, BaseOperator):
         pending_timeout: seconds that the job may wait to start, by the cluster's clock; then it is stopped.
 
     Raises:
-        SpecError: *pending_timeout* is none.
+        SpecError: *pending_timeout* or *poll_interval* is none.
     """
 
     ui_color = "#cfe8ff"
@@ -145,8 +145,8 @@ class RayLMOperator(RendersText, BaseOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not pending_timeout > 0:
-            raise SpecError(f"pending_timeout: {pending_timeout!r} is no number of seconds above 0")
+        require_seconds("pending_timeout", pending_timeout)
+        require_seconds("poll_interval", poll_interval, from_zero=True)
         self.raylm_conn_id = raylm_conn_id or RayLMHook.default_conn_name
         self.poll_interval = poll_interval
         self.pending_timeout = pending_timeout

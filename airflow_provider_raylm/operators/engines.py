@@ -32,6 +32,7 @@ from airflow_provider_raylm.operators.owners import (
 )
 from airflow_provider_raylm.operators.places import plain
 from airflow_provider_raylm.operators.templates import is_deferred
+from airflow_provider_raylm.polling import require_seconds
 from airflow_provider_raylm.specs import EngineRef, EngineSpec, OnBusy, SweepReport, TeardownReport, build
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class TeardownEngineOperator(DeferrableRayLMOperator):
         self._follows_deploy = isinstance(engine, str) and not kwargs.get("raylm_conn_id")
         if on_busy not in get_args(OnBusy):
             raise SpecError(f"on_busy: {on_busy!r} is none of {', '.join(get_args(OnBusy))}")
+        require_seconds("drain_timeout", drain_timeout, from_zero=True)
         self.on_busy = on_busy
         self.drain_timeout = drain_timeout
         self.engine = engine if isinstance(engine, str) else renderable(EngineRef, engine)

@@ -148,6 +148,8 @@ def test_options_that_cannot_travel():
             engine.infer("a", output="s3://out/a", storage_options={"key": "AKIA"}, **BATCH)
         with pytest.raises(SpecError, match=r"storage_options\.s3: only JSON values"):
             engine.infer("b", output="s3://out/b", storage_options={"s3": {"session": object()}}, **BATCH)
+        with pytest.raises(SpecError, match=r"storage_options: expected a dict of protocols .* got str; .*json\.loads"):
+            engine.infer("c", output="s3://out/c", storage_options='{"s3": {"anon": true}}', **BATCH)
 
 
 def test_what_is_handed_over_arrives():

@@ -153,6 +153,14 @@ def test_a_job_that_ray_could_not_start(monkeypatch):
         Follower(jobs, "job-1", print, 0.01).wait(Watch())
 
 
+@pytest.mark.parametrize("bad", ["5", -1, float("nan"), None])
+@pytest.mark.parametrize("field", ["poll_interval", "pending_timeout", "drain_timeout"])
+def test_what_is_no_time_to_wait_is_refused(field, bad):
+    """When the task is made, and not when it waits."""
+    with pytest.raises(SpecError, match=f"{field}: .* is no number of seconds"):
+        TeardownEngineOperator(task_id="teardown", engine="e", **{field: bad})
+
+
 @pytest.mark.parametrize("deferrable", [False, True])
 def test_an_operator_bounds_the_start(deferrable):
     """On a worker and in the triggerer alike; what is no bound is refused."""
