@@ -51,7 +51,9 @@ class Generation:
         self._request = self._type(**{self.field: self._example}, **fields)
         self._require_room()
         limits = [one for one in (self._request.max_tokens, self._serving.override_max_tokens) if one is not None]
-        self._sampling = self._request.to_sampling_params(min(limits), self._serving.default_sampling_params)
+        # Of a chat there is none where each row tells its own.
+        limit = min(limits, default=self._vllm.context)
+        self._sampling = self._request.to_sampling_params(limit, self._serving.default_sampling_params)
         if self._sampling.sampling_type == SamplingType.RANDOM_SEED and current_platform.is_cpu():
             # It rewinds a row's generator, which torch's on CPUs cannot: the engine would die of one such row.
             raise ValueError("seed: vLLM's engine on CPUs dies of it (vllm 0.29); leave it out, or set temperature=0.")

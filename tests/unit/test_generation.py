@@ -1,0 +1,29 @@
+"""What the rows of a block share as vLLM has it: its own request and sampling parameters, of an engine that is none."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from airflow_provider_raylm.cluster.replica.questions.generation import Chat, Completion
+
+
+def engine(**serving):
+    """An engine with room for 100 tokens, as far as a question looks at one before it is asked."""
+    models = SimpleNamespace(is_base_model=lambda name: name == "m")
+    told = {"models": models, "override_max_tokens": None, "default_sampling_params": {}, "parser_cls": None}
+    part = SimpleNamespace(**told | serving)
+    return SimpleNamespace(serving=lambda name, question: part, adapters={}, context=100, texts=None)
+
+
+@pytest.mark.parametrize("kind", [Completion, Chat])
+def test_each_row_may_tell_its_own_max_tokens(kind):
+    """Then what all rows share has none, and vLLM's chats have no number of their own."""
+    shared = kind(engine(), {"model": "m"}, [])
+
+    assert shared._with('{"max_tokens": 7}')._sampling.max_tokens == 7
+
+
+def test_the_model_bounds_what_no_row_does():
+    """As far as its generation_config does; else there is no more than its context."""
+    assert Chat(engine(), {"model": "m"}, [])._sampling.max_tokens == 100
+    assert Chat(engine(override_max_tokens=5), {"model": "m"}, [])._sampling.max_tokens == 5
