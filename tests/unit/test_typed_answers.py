@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from airflow_provider_raylm.cluster.batch.encoding import encode
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
@@ -48,6 +48,17 @@ class Order(BaseModel):
     day: datetime.date
     buyer: Person
     amount: float
+
+
+class Rate(BaseModel):
+    """Whose own code fails of some answers."""
+
+    share: int
+
+    @field_validator("share")
+    @classmethod
+    def _of_hundred(cls, value):
+        return 100 // value
 
 
 Word = str
@@ -131,7 +142,12 @@ def test_an_answer_is_a_value_of_its_schema():
         (r'"\ud800"', {"type": "string"}, "surrogate"),
         ('{"a": 1, "b": 2}', {"properties": {"a": {"type": "integer"}}}, "'b' is none of a"),
         ("[" * 100_000, {"type": "array"}, "no JSON"),
+        ("[" * 900 + "]" * 900, {"type": "array", "items": {"$ref": "#"}}, "nested too deep"),
+        ("1e400", {"type": "number", "multipleOf": 2}, "1e400 is more than a double holds"),
+        ("1" + "0" * 400, {"type": "number", "multipleOf": 0.5}, "OverflowError"),
+        ("5", {"properties": {"a": {"type": "integer"}}}, "int"),
         ('{"day": "2026-01-01", "buyer": {}, "amount": 1}', f"{HERE}:Order", "buyer.name: Field required"),
+        ('{"share": 0}', f"{HERE}:Rate", "ZeroDivisionError"),
     ],
 )
 def test_an_answer_that_does_not_fit_says_why(text, schema, words):
@@ -160,6 +176,10 @@ def test_a_pydantic_model_is_a_schema():
         ({"type": "objekt"}, "output_schema.type: 'objekt'"),
         ("no.such:Model", "output_schema: cannot import no.such:Model"),
         (f"{HERE}:HERE", "output_schema: .* is no type that pydantic knows"),
+        ({"items": {"$ref": "#/$defs/none"}}, r"output_schema: its \$ref '#/\$defs/none' leads nowhere"),
+        ({"$ref": "https://elsewhere"}, "'https://elsewhere' leads nowhere"),
+        ({"$ref": "#/definitions/a", "definitions": {"a": {"$ref": "#/b"}}}, "'#/b' leads nowhere"),
+        ({"$ref": "#/title", "title": "a"}, "'#/title' leads to no schema, but 'a'"),
     ],
 )
 def test_a_schema_that_is_none_ends_the_task(schema, words):

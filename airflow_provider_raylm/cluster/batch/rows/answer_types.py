@@ -7,9 +7,10 @@ off, and no grammar knows all that a schema says.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from airflow_provider_raylm.cluster.batch.loading import load
 from airflow_provider_raylm.cluster.batch.rows.arrow_types import Unfit, shape_of
+from airflow_provider_raylm.cluster.batch.rows.references import REGISTRY, require_references
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import Step
 
@@ -43,6 +45,27 @@ def answer_type(step: Step) -> AnswerType:
     Raises:
         BatchError: its schema is none, or its model cannot be imported.
     """
+    found = _answer_type(step)
+    return replace(found, read=_row_alone(found.read))
+
+
+def _row_alone(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return *read* so that whatever an answer sets off is that answer's fault: a model's own code, a depth, a size."""
+
+    def alone(text: str) -> Any:
+        try:
+            return read(text)
+        except (Unfit, MemoryError):
+            raise
+        except RecursionError:
+            raise Unfit("it is nested too deep to be checked") from None
+        except Exception as error:
+            raise Unfit(f"it cannot be checked: {type(error).__name__}: {error}") from error
+
+    return alone
+
+
+def _answer_type(step: Step) -> AnswerType:
     if step.output_schema is not None:
         return _typed(step.output_schema)
     if step.choice is not None:
@@ -104,7 +127,7 @@ def _validator(schema: Any, field: str) -> Callable[[Any], None]:
     """Return a function that raises Unfit of a value that a JSON Schema does not hold.
 
     Raises:
-        BatchError: the schema is none.
+        BatchError: the schema is none, or refers to what it does not have.
     """
     kind = validators.validator_for(schema, validators.Draft202012Validator)
     try:
@@ -112,7 +135,8 @@ def _validator(schema: Any, field: str) -> Callable[[Any], None]:
     except exceptions.SchemaError as error:
         where = "".join(f".{part}" for part in error.absolute_path)
         raise BatchError(f"{field}{where}: {error.message}") from None
-    validator = kind(schema, format_checker=kind.FORMAT_CHECKER)
+    require_references(schema, kind.META_SCHEMA["$schema"], field)
+    validator = kind(schema, format_checker=kind.FORMAT_CHECKER, registry=REGISTRY)
 
     def validate(value: Any) -> None:
         error = exceptions.best_match(validator.iter_errors(value))
@@ -147,9 +171,16 @@ def _of_model(path: str) -> AnswerType:
 def _json(text: str) -> Any:
     try:
         # vLLM's grammars let control characters into strings, which JSON escapes.
-        return json.loads(text, parse_constant=_refuse_constant, strict=False)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, strict=False)
     except (ValueError, RecursionError) as error:
         raise Unfit(f"it is no JSON: {error}") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise Unfit(f"{text[:60]} is more than a double holds")
+    return number
 
 
 def _refuse_constant(name: str) -> Any:
