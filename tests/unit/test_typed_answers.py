@@ -5,13 +5,14 @@ import datetime
 import io
 import json
 import math
+from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, WithJsonSchema, field_serializer, field_validator
 
 from airflow_provider_raylm.cluster.batch.encoding import encode
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
@@ -61,6 +62,22 @@ class Rate(BaseModel):
         return 100 // value
 
 
+class Odd(BaseModel):
+    """Whose values are other than its schema says."""
+
+    count: Annotated[int, WithJsonSchema({"type": "string"})] = 1
+
+
+class Size(BaseModel):
+    """Whose values some of its answers make other than its schema says."""
+
+    size: int
+
+    @field_serializer("size")
+    def _sized(self, value):
+        return f"{value} m" if value > 1 else value
+
+
 Word = str
 HERE = "tests.unit.test_typed_answers"
 
@@ -87,6 +104,15 @@ HERE = "tests.unit.test_typed_answers"
         ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, pa.string()),
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, pa.int64()),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, pa.float64()),
+        ({"anyOf": [{"type": "array", "items": one} for one in ({"type": "string"}, {"type": "object"})]}, pa.string()),
+        (
+            {"anyOf": [{"type": "array", "items": {"type": "string"}, "maxItems": n} for n in (1, 3)]},
+            pa.list_(pa.string()),
+        ),
+        (
+            {"anyOf": [{"properties": {"a": one}} for one in ({"type": "object"}, {"type": "string"})]},
+            pa.string(),
+        ),
         ({"allOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": {"type": "integer"}}}, pa.int64()),
         ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "boolean"}}}, pa.bool_()),
         ({"properties": {"a": {"$ref": "#"}, "b": {"type": "integer"}}}, None),
@@ -125,6 +151,9 @@ def test_an_answer_is_a_value_of_its_schema():
     assert read('"2026-02-03T12:00:00+02:00"', output_schema=times).hour == 10
     assert read('"2026-02-03T12:00:00"', output_schema=times).tzinfo is datetime.UTC
     assert read('{"b": [1, "é"]}', output_schema={"type": "object"}) == '{"b": [1, "é"]}'
+    lists = [{"type": "array", "items": {"type": kind}} for kind in ("string", "object")]
+    assert read('["a"]', output_schema={"anyOf": lists}) == '["a"]'
+    assert read('[{"a": 1}]', output_schema={"anyOf": lists}) == '[{"a": 1}]'
     assert read('"a\tb"', output_schema={"type": "string"}) == "a\tb"
     assert read('"a\tb"', output_schema=f"{HERE}:Word") == "a\tb"
 
@@ -145,9 +174,12 @@ def test_an_answer_is_a_value_of_its_schema():
         ("[" * 900 + "]" * 900, {"type": "array", "items": {"$ref": "#"}}, "nested too deep"),
         ("1e400", {"type": "number", "multipleOf": 2}, "1e400 is more than a double holds"),
         ("1" + "0" * 400, {"type": "number", "multipleOf": 0.5}, "OverflowError"),
-        ("5", {"properties": {"a": {"type": "integer"}}}, "int"),
+        ("5", {"properties": {"a": {"type": "integer"}}}, "5 is no object"),
+        ("5", {"items": {"type": "integer"}}, "5 is no array"),
         ('{"day": "2026-01-01", "buyer": {}, "amount": 1}', f"{HERE}:Order", "buyer.name: Field required"),
         ('{"share": 0}', f"{HERE}:Rate", "ZeroDivisionError"),
+        ("{}", f"{HERE}:Odd", "1 is no string"),
+        ('{"size": 2}', f"{HERE}:Size", "'2 m' is no integer"),
     ],
 )
 def test_an_answer_that_does_not_fit_says_why(text, schema, words):

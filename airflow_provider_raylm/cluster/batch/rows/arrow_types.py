@@ -45,7 +45,15 @@ def shape_of(schema: Any) -> Shape:
     return _Shapes(schema).of(schema, ())
 
 
+def _require(value: Any, kind: type | tuple[type, ...], name: str) -> None:
+    """Raise Unfit of a value of another type: what a pydantic model dumps may be other than its schema says."""
+    # In Python, true is an integer.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise Unfit(f"{repr(value)[:60]} is no {name}")
+
+
 def _text(value: Any) -> str:
+    _require(value, str, "string")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -54,19 +62,29 @@ def _text(value: Any) -> str:
 
 
 def _integer(value: Any) -> int:
+    _require(value, (int, float), "integer")
     if not -(2**63) <= value < 2**63:
         raise Unfit(f"{value} is more than 64 bits hold")
+    if value != int(value):
+        raise Unfit(f"{value} is no integer")
     return int(value)
 
 
 def _number(value: Any) -> float:
+    _require(value, (int, float), "number")
     try:
         return float(value)
     except OverflowError:
         raise Unfit("a number is more than a double holds") from None
 
 
+def _boolean(value: Any) -> bool:
+    _require(value, bool, "boolean")
+    return bool(value)
+
+
 def _date(value: Any) -> datetime.date:
+    _require(value, str, "date")
     try:
         return datetime.date.fromisoformat(value)
     except ValueError as error:
@@ -74,6 +92,7 @@ def _date(value: Any) -> datetime.date:
 
 
 def _time(value: Any) -> datetime.datetime:
+    _require(value, str, "date-time")
     try:
         found = datetime.datetime.fromisoformat(value)
         return found.astimezone(datetime.UTC) if found.tzinfo else found.replace(tzinfo=datetime.UTC)
@@ -81,13 +100,40 @@ def _time(value: Any) -> datetime.datetime:
         raise Unfit(str(error)) from None
 
 
+@dataclass(frozen=True)
+class _List:
+    """Converts lists; equal to another that converts alike."""
+
+    item: Shape
+
+    def __call__(self, values: Any) -> list[Any]:
+        _require(values, list, "array")
+        return [self.item(value) for value in values]
+
+
+@dataclass(frozen=True)
+class _Struct:
+    """Converts objects; equal to another that converts alike."""
+
+    members: tuple[tuple[str, Shape], ...]
+
+    def __call__(self, value: Any) -> dict[str, Any]:
+        _require(value, Mapping, "object")
+        shapes = dict(self.members)
+        if unknown := [name for name in value if name not in shapes]:
+            raise Unfit(f"the property {unknown[0]!r} is none of {', '.join(shapes)}")
+        return {name: shape(value.get(name)) for name, shape in shapes.items()}
+
+
 JSON_TEXT = Shape(pa.string(), lambda value: _text(json.dumps(value, ensure_ascii=False)))
 _STRING = Shape(pa.string(), _text)
+_INTEGER = Shape(pa.int64(), _integer)
+_NUMBER = Shape(pa.float64(), _number)
 _SCALARS = {
     "string": _STRING,
-    "integer": Shape(pa.int64(), _integer),
-    "number": Shape(pa.float64(), _number),
-    "boolean": Shape(pa.bool_(), bool),
+    "integer": _INTEGER,
+    "number": _NUMBER,
+    "boolean": Shape(pa.bool_(), _boolean),
     # A column of nulls alone has no type of its own in every format.
     "null": _STRING,
 }
@@ -148,20 +194,14 @@ class _Shapes:
         if "items" not in schema or "prefixItems" in schema or not isinstance(schema["items"], Mapping):
             return JSON_TEXT
         item = self.of(schema["items"], inside)
-        return Shape(pa.list_(item.type), lambda values: [item(value) for value in values])
+        return Shape(pa.list_(item.type), _List(item))
 
     def _object(self, schema: Mapping[str, Any], inside: tuple[str, ...]) -> Shape:
         properties = schema.get("properties")
         if not properties or schema.get("additionalProperties") or any(word in schema for word in _OPEN):
             return JSON_TEXT
-        shapes = {name: self.of(one, inside) for name, one in properties.items()}
-
-        def convert(value: Mapping[str, Any]) -> dict[str, Any]:
-            if unknown := [name for name in value if name not in shapes]:
-                raise Unfit(f"the property {unknown[0]!r} is none of {', '.join(shapes)}")
-            return {name: shape(value.get(name)) for name, shape in shapes.items()}
-
-        return Shape(pa.struct([(name, shape.type) for name, shape in shapes.items()]), convert)
+        members = tuple((name, self.of(one, inside)) for name, one in properties.items())
+        return Shape(pa.struct([(name, shape.type) for name, shape in members]), _Struct(members))
 
     def _union(self, members: Any, inside: tuple[str, ...]) -> Shape:
         nothing = {"type": "null"}
@@ -170,13 +210,11 @@ class _Shapes:
 
     def _one(self, shapes: list[Shape]) -> Shape:
         """Return the one shape that holds what all do."""
-        types = {shape.type for shape in shapes}
-        if len(types) == 1:
-            # Text beside JSON text would not tell which it is.
-            return shapes[0] if all(shape is shapes[0] for shape in shapes) or pa.string() not in types else JSON_TEXT
-        if types == {pa.int64(), pa.float64()}:
-            return _SCALARS["number"]
-        return JSON_TEXT
+        # Not the types alone: text beside JSON text would not tell which it is.
+        found = set(shapes)
+        if len(found) == 1:
+            return shapes[0]
+        return _NUMBER if found == {_INTEGER, _NUMBER} else JSON_TEXT
 
     def _resolve(self, reference: str) -> Any:
         """Return what a reference within the schema leads to; None for any other."""
