@@ -103,6 +103,9 @@ HERE = "tests.unit.test_typed_answers"
         ({"type": "object", "additionalProperties": {"type": "integer"}}, pa.string()),
         ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, pa.string()),
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, pa.int64()),
+        ({"anyOf": [{"type": "integer"}, {"type": "null", "title": "None", "default": None}]}, pa.int64()),
+        ({"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/x"}], "$defs": {"x": {"const": None}}}, pa.int64()),
+        ({"anyOf": [{"type": "null"}]}, pa.string()),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, pa.float64()),
         ({"anyOf": [{"type": "array", "items": one} for one in ({"type": "string"}, {"type": "object"})]}, pa.string()),
         (

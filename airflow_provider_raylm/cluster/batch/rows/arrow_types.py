@@ -83,6 +83,10 @@ def _boolean(value: Any) -> bool:
     return bool(value)
 
 
+def _null(value: Any) -> None:
+    raise Unfit(f"{repr(value)[:60]} is not null")
+
+
 def _date(value: Any) -> datetime.date:
     _require(value, str, "date")
     try:
@@ -129,13 +133,14 @@ JSON_TEXT = Shape(pa.string(), lambda value: _text(json.dumps(value, ensure_asci
 _STRING = Shape(pa.string(), _text)
 _INTEGER = Shape(pa.int64(), _integer)
 _NUMBER = Shape(pa.float64(), _number)
+# A column of nulls alone has no type of its own in every format.
+_NULL = Shape(pa.string(), _null)
 _SCALARS = {
     "string": _STRING,
     "integer": _INTEGER,
     "number": _NUMBER,
     "boolean": Shape(pa.bool_(), _boolean),
-    # A column of nulls alone has no type of its own in every format.
-    "null": _STRING,
+    "null": _NULL,
 }
 _FORMATS = {"date": Shape(pa.date32(), _date), "date-time": Shape(pa.timestamp("us", "UTC"), _time)}
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
@@ -204,9 +209,9 @@ class _Shapes:
         return Shape(pa.struct([(name, shape.type) for name, shape in members]), _Struct(members))
 
     def _union(self, members: Any, inside: tuple[str, ...]) -> Shape:
-        nothing = {"type": "null"}
-        shapes = [self.of(member, inside) for member in members if member != nothing]
-        return self._one(shapes) if shapes else _STRING
+        shapes = [self.of(member, inside) for member in members]
+        # However else null is described, and wherever: by its type, a value, a reference.
+        return self._one([shape for shape in shapes if shape != _NULL] or shapes)
 
     def _one(self, shapes: list[Shape]) -> Shape:
         """Return the one shape that holds what all do."""
