@@ -141,6 +141,7 @@ def test_a_row_brings_its_conversation(turns, expected):
         (None, "null_value", "column 'talk' is null"),
         ([], "empty_prompt", "empty"),
         ("Hi", "invalid_conversation", "no JSON"),
+        ("[" * 100_000, "invalid_conversation", "nested too deep"),
         ('{"role": "user"}', "invalid_conversation", "no list"),
         (["Hi"], "invalid_conversation", "turn 0 is no object"),
         ([{"content": "Hi"}], "invalid_conversation", "turn 0 has no role"),

@@ -79,6 +79,8 @@ def _turns_of(column: str, media: Media) -> Callable[[Row], list[Message]]:
                 given = json.loads(given)
             except ValueError:
                 raise _bad(column, "its text is no JSON") from None
+            except RecursionError:
+                raise _bad(column, "its text is nested too deep") from None
         if not isinstance(given, list):
             raise _bad(column, "it is no list of turns")
         return [_turn(column, number, turn, media) for number, turn in enumerate(given)]
