@@ -281,6 +281,14 @@ def test_a_row_without_a_valid_answer_fails_in_the_end():
     assert (len(requests), came.counts["completion_tokens"], came.counts["cut_off"]) == (3, 3, 3)
 
 
+def test_a_message_that_quotes_half_a_character_is_written():
+    """Escaped: the message of one row must not fail the file."""
+    schema = {"type": "object", "additionalProperties": {"type": "integer"}}
+    came, _ = asked([Answer(r'{"\ud800": "a"}', "stop", 1, 1)] * 2, output_schema=schema)
+
+    assert came.failed["raylm_message"].to_pylist() == [r"\ud800: 'a' is not of type 'integer'"]
+
+
 SCALARS = st.sampled_from(
     [
         ({"type": "string"}, st.text(st.characters(exclude_categories=["Cs"]))),

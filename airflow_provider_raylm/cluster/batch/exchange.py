@@ -72,11 +72,15 @@ class Refusal:
 
     Attributes:
         reason: a short class of failure, stable enough to count and to filter by.
-        message: the whole sentence.
+        message: the whole sentence, as any file can hold it.
     """
 
     reason: str
     message: str
+
+    def __post_init__(self) -> None:
+        """Escape half characters (lone surrogates), which a message may quote from a row or an answer."""
+        object.__setattr__(self, "message", self.message.encode(errors="backslashreplace").decode())
 
 
 class RowError(Exception):
