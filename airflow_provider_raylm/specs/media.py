@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Self
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import Field, model_validator
 
 from airflow_provider_raylm.specs.base import Value
+
+WEB = frozenset({"http", "https"})
+# What urlsplit leaves out of an address, and who opens it does not.
+_LEFT_OUT = re.compile(r"^[\x00-\x20]|[\t\r\n]")
 
 
 class Media(Value):
@@ -32,19 +37,32 @@ class Media(Value):
 
     def permits(self, address: str) -> bool:
         """Return whether a row may name *address*."""
+        if _LEFT_OUT.search(address):
+            return False
         try:
             wanted = _place(address)
         except ValueError:
             return False
-        return ".." not in wanted.path.split("/") and any(_is_below(wanted, _place(one)) for one in self.allowed)
+        return not _climbs(wanted.path) and any(_is_below(wanted, _place(one)) for one in self.allowed)
 
 
 def _place(address: str) -> SplitResult:
     parts = urlsplit(address)
+    if parts.scheme in WEB:
+        return parts._replace(netloc=parts.netloc.lower())
+    # To a storage, ? and # are part of a name.
+    path = re.sub(r"^[^:/]+:(//)?", "", address) if parts.scheme else address
     if parts.scheme in ("", "file"):
         # Wherever a link leads.
-        return parts._replace(scheme="file", netloc="", path=os.path.realpath(parts.path))
-    return parts._replace(netloc=parts.netloc.lower())
+        return parts._replace(scheme="file", netloc="", path=os.path.realpath(path))
+    return parts._replace(netloc=parts.netloc.lower(), path=path[len(parts.netloc) :])
+
+
+def _climbs(path: str) -> bool:
+    """Return whether a path leads upwards, to whoever decodes it however often."""
+    while (decoded := unquote(path)) != path:
+        path = decoded
+    return ".." in re.split(r"[/\\]", path)
 
 
 def _is_below(wanted: SplitResult, allowed: SplitResult) -> bool:
