@@ -155,9 +155,38 @@ def test_an_image_that_never_ends_is_given_up(site, monkeypatch):
         image_address(f"{site}/dripping", Media(allowed=[site]))
 
 
-def test_a_storage_that_refuses_is_no_rows_fault(tmp_path):
+def test_a_name_of_no_file_is_its_rows_fault(tmp_path):
+    """A folder, what would lie below a file, a name that is too long, a bucket: other rows have their images."""
+    (tmp_path / "photo").write_bytes(CONTENT)
+    media = Media(allowed=[str(tmp_path), "s3://photos"])
+
+    for address, words in (
+        (str(tmp_path), "is a folder, and no file"),
+        (f"{tmp_path}/photo/b", "there is no"),
+        (f"{tmp_path}/{'x' * 300}", "File name too long"),
+        ("s3://photos", "is a bucket, and no file"),
+    ):
+        with pytest.raises(RowError, match=words) as error:
+            image_address(address, media)
+        assert error.value.refusal.reason == "invalid_image"
+
+
+def test_the_case_of_a_scheme_does_not_matter(tmp_path, site):
+    """As in any address."""
+    (tmp_path / "photo").write_bytes(CONTENT)
+    media = Media(allowed=[str(tmp_path), site])
+
+    assert image_address(f"{site.replace('http', 'HTTP')}/photo", media) == INLINE
+    assert image_address(f"FILE://{tmp_path}/photo", media) == INLINE
+
+
+def test_a_storage_that_refuses_is_no_rows_fault(tmp_path, monkeypatch):
     """Else all rows would go to the quarantine while a credential is missing."""
-    (tmp_path / "photo").mkdir()
+
+    def refuse(place):
+        raise PermissionError("no credentials")
+
+    monkeypatch.setattr(images.Place, "open", refuse)
 
     with pytest.raises(BatchError, match=r"cannot read the image .*storage_conn_id"):
         image_address(f"{tmp_path}/photo", Media(allowed=[str(tmp_path)]))

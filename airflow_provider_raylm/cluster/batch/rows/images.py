@@ -7,14 +7,17 @@ only below what the engine's spec allows.
 from __future__ import annotations
 
 import base64
+import errno
 import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from airflow_provider_raylm.cluster.batch.exchange import RowError
 from airflow_provider_raylm.cluster.batch.storage import Place
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import Media
+from airflow_provider_raylm.specs.media import WEB
 
 # Images of a block that are fetched at a time.
 AT_A_TIME = 16
@@ -25,6 +28,8 @@ DOWNLOAD_S = 120.0
 PAUSES_S = (1.0, 4.0)
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 _INLINE = "data:"
+# What a name alone can bring about, whatever the storage: it is too long, or goes round in a circle of links.
+_BAD_NAMES = frozenset({errno.ENAMETOOLONG, errno.ELOOP})
 
 
 def image_address(value: Any, media: Media) -> str:
@@ -51,9 +56,10 @@ def image_address(value: Any, media: Media) -> str:
         return value
     if not media.permits(value):
         raise _bad(f"{value!r} is not below what the engine's spec allows (media.allowed)")
-    return _inline(
-        _downloaded(value, media) if value.startswith(("http://", "https://")) else _read(value, media), media
-    )
+    scheme = urlsplit(value).scheme
+    # fsspec knows the names of its file systems in small letters only.
+    address = scheme + value[len(scheme) :]
+    return _inline(_downloaded(address, media) if scheme in WEB else _read(address, media), media)
 
 
 def _inline(content: bytes, media: Media) -> str:
@@ -69,14 +75,21 @@ def _require_size(size: int, media: Media) -> None:
 
 def _read(address: str, media: Media) -> bytes:
     try:
-        with Place(address).open() as file:
+        place = Place(address)
+        if "/" not in place.path:
+            raise _bad(f"{address} is a bucket, and no file")
+        with place.open() as file:
             return bytes(file.read(media.max_bytes + 1))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise _bad(f"there is no {address}") from None
-    except BatchError:
+    except IsADirectoryError:
+        raise _bad(f"{address} is a folder, and no file") from None
+    except (BatchError, RowError):
         raise
     # Object stores raise errors of their own.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _BAD_NAMES:
+            raise _bad(f"{address}: {error.strerror}") from None
         raise BatchError(
             f"cannot read the image {address}: {error}. Check the credentials that the cluster's nodes or the task "
             "(storage_conn_id) have for it."
