@@ -224,6 +224,24 @@ def test_a_schema_that_is_none_ends_the_task(schema, words):
 
 
 @pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"response_format": "json_object"}, r"extra_body\.response_format: expected an object, .* got 'json_object'"),
+        ({"response_format": {"json_schema": "x"}}, r"extra_body\.response_format\.json_schema: expected an object"),
+        ({"response_format": {"json_schema": {"schema": 5}}}, r"extra_body\.response_format\.json_schema\.schema: "),
+        ({"structured_outputs": [1]}, r"extra_body\.structured_outputs: expected an object"),
+        ({"structured_outputs": {"json": "{not"}}, r"extra_body\.structured_outputs\.json: .* is no JSON"),
+        ({"structured_outputs": {"json": {"$schema": []}}}, r"\.json\.\$schema: expected the address of a dialect"),
+        ({"structured_outputs": {"json": {"type": "objekt"}}}, r"extra_body\.structured_outputs\.json\.type: 'objekt'"),
+    ],
+)
+def test_a_field_of_vllm_that_is_none_is_named(body, words):
+    """Before anything is asked."""
+    with pytest.raises(BatchError, match=words):
+        compile_step(Step(prompt="x", extra_body=body), EngineTraits("m"))
+
+
+@pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"output_schema": REVIEW, "choice": ["a"]}, "choice: the answer is held to output_schema already"),

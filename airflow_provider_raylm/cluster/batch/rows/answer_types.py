@@ -79,22 +79,40 @@ def _answer_type(step: Step) -> AnswerType:
 
 
 def _of_extra_body(body: Mapping[str, Any]) -> AnswerType:
-    """Return text that is what vLLM's own fields ask for: an answer that is cut off is half of it."""
-    asked, outputs = (body.get(name) or {} for name in ("response_format", "structured_outputs"))
-    schema = (asked.get("json_schema") or {}).get("schema") or outputs.get("json")
+    """Return text that is what vLLM's own fields ask for: an answer that is cut off is half of it.
+
+    Raises:
+        BatchError: one of them is none that vLLM knows.
+    """
+    asked, outputs = (_object(body, name, "extra_body") for name in ("response_format", "structured_outputs"))
+    where = "extra_body.structured_outputs.json"
+    schema = outputs.get("json")
+    if told := _object(asked, "json_schema", "extra_body.response_format"):
+        where = "extra_body.response_format.json_schema.schema"
+        schema = told.get("schema") or schema
     if isinstance(schema, str):
-        schema = json.loads(schema)
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise BatchError(f"{where}: expected a JSON Schema, but its text is no JSON: {error}") from None
     if asked.get("type") == "json_object" or outputs.get("json_object"):
         schema = {"type": "object"}
     if schema is None:
         return AnswerType(pa.string(), str)
-    validate = _validator(schema, "extra_body")
+    validate = _validator(schema, where)
 
     def read(text: str) -> str:
         validate(_json(text))
         return text
 
     return AnswerType(pa.string(), read)
+
+
+def _object(fields: Mapping[str, Any], name: str, inside: str) -> Mapping[str, Any]:
+    value = fields.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise BatchError(f"{inside}.{name}: expected an object, as vLLM's OpenAI API has it, got {value!r:.60}")
+    return value
 
 
 def _one_of(text: str, choice: Any) -> str:
@@ -129,6 +147,10 @@ def _validator(schema: Any, field: str) -> Callable[[Any], None]:
     Raises:
         BatchError: the schema is none, or refers to what it does not have.
     """
+    if not isinstance(schema, Mapping | bool):
+        raise BatchError(f"{field}: expected a JSON Schema, got {schema!r:.60}")
+    if isinstance(schema, Mapping) and not isinstance(schema.get("$schema", ""), str):
+        raise BatchError(f"{field}.$schema: expected the address of a dialect, got {schema['$schema']!r:.60}")
     kind = validators.validator_for(schema, validators.Draft202012Validator)
     try:
         kind.check_schema(schema)
