@@ -150,7 +150,7 @@ class Step(Value):
     _not_in_extra_body: ClassVar[frozenset[str]] = frozenset(
         {
             *(*sampling_fields, "model", "prompt", "messages", "stream", "n", "best_of", "echo", "request_id"),
-            *("session_id", "max_completion_tokens", "use_beam_search", *truncation_fields),
+            *("session_id", "max_completion_tokens", "use_beam_search", "dimensions", *truncation_fields),
         }
     )
     # What is paid for and has to be kept, then.
@@ -216,6 +216,8 @@ class Step(Value):
             raise ValueError(
                 f"extra_body.{refused[0]}: " + ("it is a field of its own" if own else "not accepted here")
             )
+        if "use_activation" in self.extra_body and self.embed is not None:
+            raise ValueError("extra_body.use_activation: it is a field of its own, normalize")
         for name in self.extra_body:
             kept = self._kept_by.get(name)
             if kept is not None and kept not in self.keep:

@@ -77,6 +77,8 @@ def test_a_score_is_of_two_texts():
         ({"classify": "x", "dimensions": 5}, "dimensions: has no effect on classify"),
         ({"prompt": "x", "probabilities": True}, "probabilities: has no effect on prompt"),
         ({"score": ["x"]}, "score"),
+        ({"embed": "x", "extra_body": {"dimensions": 5}}, r"extra_body\.dimensions: it is a field of its own"),
+        ({"embed": "x", "extra_body": {"use_activation": True}}, "use_activation: .* of its own, normalize"),
     ],
 )
 def test_what_a_kind_does_not_heed_is_refused(fields, words):
