@@ -164,9 +164,10 @@ class Step(Value):
 
     @model_validator(mode="after")
     def _well_formed(self) -> Self:
-        for message in self.messages if isinstance(self.messages, tuple) else ():
-            if isinstance(message, dict) and set(message) != {"role", "content"}:
-                raise ValueError(f"messages: each needs role and content, got {sorted(message)}")
+        self._check_messages()
+        adapter = None if column_of(self.adapter) else self.adapter
+        if adapter is not None and (not adapter.strip() or placeholders(adapter)):
+            raise ValueError(f"adapter: a name, or '${{column}}' and nothing else, got {self.adapter!r}")
         if self.output_column.startswith(RESERVED_PREFIX):
             raise ValueError(f"output_column: the prefix {RESERVED_PREFIX!r} is reserved")
         self._check_kind()
@@ -177,6 +178,18 @@ class Step(Value):
             if name in self.keep and self.prompt is not None:
                 raise ValueError(f"keep: {name!r} is a chat's; ask with messages")
         return self
+
+    def _check_messages(self) -> None:
+        if self.messages == ():
+            raise ValueError("messages: there are none; give at least one turn")
+        for message in self.messages if isinstance(self.messages, tuple) else ():
+            if isinstance(message, str):
+                continue
+            if set(message) != {"role", "content"}:
+                raise ValueError(f"messages: each needs role and content, got {sorted(message)}")
+            role = message["role"]
+            if not isinstance(role, str) or not role or placeholders(role):
+                raise ValueError(f"messages: a role is a word, which no row fills in, got {role!r}")
 
     @property
     def kind(self) -> str:

@@ -8,6 +8,7 @@ from airflow_provider_raylm.specs import (
     BatchSpec,
     EngineSpec,
     EngineUsage,
+    Step,
     build,
     check_unrendered,
 )
@@ -49,6 +50,11 @@ def templated(value):
         (BatchSpec, {**BATCH, "max_failed_fraction": 1.5}, "BatchSpec.max_failed_fraction"),
         (BatchSpec, {**BATCH, "deduplicate": True}, "deduplicate: needs temperature 0"),
         (BatchSpec, {"source": "a", "output": "b", "messages": [{"content": "x"}]}, "role and content"),
+        (Step, {"messages": []}, "messages: there are none"),
+        (Step, {"messages": [{"role": "${r}", "content": "x"}]}, "messages: a role is a word"),
+        (Step, {"messages": [{"role": "", "content": "x"}]}, "messages: a role is a word"),
+        (Step, {"prompt": "x", "adapter": ""}, "adapter: a name, or"),
+        (Step, {"prompt": "x", "adapter": "a ${b}"}, "adapter: a name, or"),
         (
             BatchSpec,
             {"source": "a", "output": "b", "steps": [{"prompt": "1"}, {"prompt": "2"}]},
