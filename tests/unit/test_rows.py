@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -121,10 +122,15 @@ def test_the_whole_answer_is_a_list_of_answers():
         ('[{"from": "system", "value": "s"}, {"role": "user", "content": "Hi"}]', [("system", "s"), ("user", "Hi")]),
         ([{"role": "user", "content": "Hi", "from": None, "value": None, "tool_calls": None}], [("user", "Hi")]),
         ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [("user", [{"type": "text", "text": "Hi"}])]),
+        (
+            ({"role": "user", "content": ({"type": "text", "text": "Hi"},)},),
+            [("user", [{"type": "text", "text": "Hi"}])],
+        ),
+        (np.array([{"role": "user", "content": "Hi", "tool_calls": np.array([])}]), [("user", "Hi")]),
     ],
 )
 def test_a_row_brings_its_conversation(turns, expected):
-    """As structs of a column, with ShareGPT's names, or as JSON text; templates may stand before it."""
+    """As structs of a column, with ShareGPT's names, as JSON text, or as a row function has it."""
     whole = compile_step(Step(messages="${talk}"), EngineTraits("m")).request({"talk": turns}).content
     mixed = compile_step(Step(messages=[{"role": "system", "content": "Be ${how}."}, "${talk}"]), EngineTraits("m"))
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from airflow_provider_raylm.cluster.batch.exchange import RowError
 from airflow_provider_raylm.cluster.batch.rows.images import image_address
 from airflow_provider_raylm.cluster.batch.rows.templates import Row, compile_template, required
@@ -81,6 +83,7 @@ def _turns_of(column: str, media: Media) -> Callable[[Row], list[Message]]:
                 raise _bad(column, "its text is no JSON") from None
             except RecursionError:
                 raise _bad(column, "its text is nested too deep") from None
+        given = _plain(given)
         if not isinstance(given, list):
             raise _bad(column, "it is no list of turns")
         return [_turn(column, number, turn, media) for number, turn in enumerate(given)]
@@ -96,13 +99,21 @@ def _turn(column: str, number: int, turn: Any, media: Media) -> Message:
     if not isinstance(role, str):
         raise _bad(column, f"turn {number} has no role (or from)")
     # Structs of a column have the fields of all turns: null is what a turn does not have.
-    further = {name: turn[name] for name in _FIELDS if turn.get(name)}
+    further = {name: value for name in _FIELDS if (value := _plain(turn.get(name)))}
     if content is None and not further.get("tool_calls"):
         raise _bad(column, f"turn {number} has no content (or value)")
     return {"role": _ROLES.get(role, role), "content": _content(column, number, content, media), **further}
 
 
+def _plain(value: Any) -> Any:
+    """Return a value with a list in place of what a row function may have made of one."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _content(column: str, number: int, content: Any, media: Media) -> Any:
+    content = _plain(content)
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
