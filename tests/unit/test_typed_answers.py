@@ -290,6 +290,15 @@ def test_an_answer_that_does_not_fit_is_asked_for_again():
     assert requests[1].content.startswith("Which?6\n\nThat answer is not valid: 6 is greater than the maximum of 5.")
 
 
+def test_of_several_answers_the_model_is_shown_the_invalid_one():
+    """Else it would be told that a valid one is not."""
+    answers = [Answer(["5", "6", "7"], "stop", 1, 3), Answer(["5", "4", "3"], "stop", 1, 3)]
+    came, requests = asked(answers, output_schema=REVIEW["properties"]["stars"], n=3)
+
+    assert came.rows["response"].to_pylist() == [[5, 4, 3]]
+    assert requests[1].content.startswith("Which?6\n\nThat answer is not valid: 6 is greater")
+
+
 def test_a_row_without_a_valid_answer_fails_in_the_end():
     """What was paid for it is counted."""
     came, requests = asked([Answer("6", "length", 1, 1)] * 3, output_schema={"type": "string"}, reasks=2)

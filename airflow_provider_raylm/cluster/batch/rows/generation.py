@@ -73,7 +73,7 @@ class Generation:
         cut = answer.finish_reason == "length"
         if cut and step.on_length == "fail":
             return Refusal("answer_cut_off", f"the answer was cut off after max_tokens ({answer.completion_tokens})")
-        texts = answer.value if isinstance(answer.value, list) else [answer.value]
+        texts = _texts(answer)
         if cut and answer.extra.get("reasoning") and not any(texts):
             return Refusal("answer_cut_off", "max_tokens ended within the reasoning, before an answer began")
         try:
@@ -85,12 +85,26 @@ class Generation:
 
     def again(self, request: Request, answer: Answer, refusal: Refusal) -> Request:
         """Return what a row is asked after an answer that was refused: the same, its answer, and what is wrong."""
-        text = answer.value[0] if isinstance(answer.value, list) else answer.value
+        text = self._refused(answer)
         why = _AGAIN.format(why=refusal.message)
         if isinstance(request.content, str):
             return request._replace(content=f"{request.content}{text}\n\n{why}\n\n")
         turns = [{"role": "assistant", "content": text}, {"role": "user", "content": why}]
         return request._replace(content=[*request.content, *turns])
+
+    def _refused(self, answer: Answer) -> str:
+        """Return which of several texts is none of the type: what is wrong was said of that one."""
+        texts = _texts(answer)
+        for text in texts:
+            try:
+                self._type.read(text)
+            except Unfit:
+                return text
+        return texts[0]
+
+
+def _texts(answer: Answer) -> list[str]:
+    return answer.value if isinstance(answer.value, list) else [answer.value]
 
 
 def _prompt(template: str) -> Any:
