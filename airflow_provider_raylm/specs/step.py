@@ -182,9 +182,7 @@ class Step(Value):
     def _check_messages(self) -> None:
         if self.messages == ():
             raise ValueError("messages: there are none; give at least one turn")
-        for message in self.messages if isinstance(self.messages, tuple) else ():
-            if isinstance(message, str):
-                continue
+        for message in [one for one in self.messages or () if isinstance(one, dict)]:
             if set(message) != {"role", "content"}:
                 raise ValueError(f"messages: each needs role and content, got {sorted(message)}")
             role = message["role"]
