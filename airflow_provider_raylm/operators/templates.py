@@ -60,7 +60,8 @@ def _not_jinja(text: str) -> str | None:
         return f"Jinja cannot read it: {error.message}"
     if comments:
         return "what stands between {# and #} is a comment for Jinja, which leaves it out"
-    if any(_is_number(one) for output in parsed.find_all(nodes.Output) for one in output.nodes):
+    within_text = [output.nodes for output in parsed.find_all(nodes.Output) if len(output.nodes) > 1]
+    if any(_is_number(one) for several in within_text for one in several):
         return "a number between {{ and }} is a value for Jinja, which leaves the braces out"
     return None
 
