@@ -277,7 +277,7 @@ class Scene:
         return [process for word in words for process in self.cluster.processes(word) if process.pid not in kept]
 
 
-def airflow_environ(run_timeout_s=80):
+def airflow_environ(run_timeout_s=120):
     """Return what the DAGs of faults ask of their Airflow.
 
     Args:
