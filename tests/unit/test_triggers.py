@@ -266,20 +266,24 @@ def test_a_silent_cluster_delays_no_other(clusters, monkeypatch):
     assert clusters["dead"].looked <= 2 * connections.THREADS
 
 
+def refuse_stops(jobs, *errors):
+    """Have the first calls of ``stop`` raise these, in order."""
+    left = list(errors)
+
+    def stop(submission_id):
+        if left:
+            raise left.pop(0)
+        jobs.stopped.append(submission_id)
+
+    jobs.stop = stop
+
+
 @TOLD_TO_STOP
 def test_a_stop_waits_for_no_look(clusters, monkeypatch):
     """And bears silence, too."""
     monkeypatch.setattr(following, "RETRY_PERIOD_S", 0.01)
     dead = clusters["dead"] = Dead(RUNNING, last="")
-    answers = [Unreachable("no answer"), None]
-
-    def stop(submission_id):
-        answer = answers.pop(0)
-        if answer is not None:
-            raise answer
-        dead.stopped.append(submission_id)
-
-    dead.stop = stop
+    refuse_stops(dead, Unreachable("no answer"))
 
     async def scenario():
         waiting = [asyncio.create_task(fired(on("dead"))) for _ in range(50)]
@@ -310,15 +314,7 @@ def test_a_token_that_has_changed_is_read_again(clusters, said):
 def test_a_token_that_has_changed_is_read_again_for_a_stop(clusters, said):
     """The job would go on."""
     jobs = clusters["c"] = Jobs(RUNNING, last="")
-    answers = [Refused("wrong token"), Refused("wrong token"), None]
-
-    def stop(submission_id):
-        answer = answers.pop(0)
-        if answer is not None:
-            raise answer
-        jobs.stopped.append(submission_id)
-
-    jobs.stop = stop
+    refuse_stops(jobs, Refused("wrong token"), Refused("wrong token"))
     one = on("c")
     one._is_deferred = lambda: False
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from airflow_provider_raylm.cluster.batch import json_text
 from airflow_provider_raylm.cluster.batch.formats import ids_of, plain
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, Contents, Fragment, Reading
-from airflow_provider_raylm.cluster.batch.ids import find_repeated
+from airflow_provider_raylm.cluster.batch.ids import find_repeated, is_bytes
 from airflow_provider_raylm.cluster.batch.rows.values import missing_columns
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
@@ -57,7 +57,7 @@ def _common(before: pa.Field, field: pa.Field, fragment: Fragment, origin: Fragm
         return _promoted(before, field)
     except pa.ArrowException:
         # What JSON says can always be text, as it is written; bytes cannot.
-        if any(from_json) and not any(map(_is_bytes, (before.type, field.type))):
+        if any(from_json) and not any(map(is_bytes, (before.type, field.type))):
             return field.with_type(pa.string())
         raise BatchError(
             f"the column {field.name!r} is of type {before.type} in {origin.file.uri} and of type {field.type} in "
@@ -71,10 +71,6 @@ def _promoted(before: pa.Field, field: pa.Field) -> pa.Field:
         # Arrow would make them doubles, which lack a decimal's last digits.
         raise pa.ArrowTypeError("no type holds decimals and doubles")
     return pa.unify_schemas([pa.schema([before]), pa.schema([field])], promote_options="permissive").field(0)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return any(is_it(kind) for is_it in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary))
 
 
 def check_columns(

@@ -33,7 +33,7 @@ _TEXT_CASTS = (
 def is_id_type(kind: pa.DataType) -> bool:
     """Return whether values of this type can be ids."""
     kind = _value_type(kind)
-    return _is_bytes(kind) or any(is_it(kind) for is_it in _TEXT_CASTS)
+    return is_bytes(kind) or any(is_it(kind) for is_it in _TEXT_CASTS)
 
 
 def id_name(schema: pa.Schema, how: Reading) -> str | None:
@@ -68,7 +68,7 @@ def id_texts(uri: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if _is_bytes(column.type):
+    if is_bytes(column.type):
         return pa.chunked_array([[value.hex() for value in column.to_pylist()]], pa.string())
     texts = column.cast(pa.string())
     texts.validate(full=True)
@@ -87,7 +87,8 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
+def is_bytes(kind: pa.DataType) -> bool:
+    """Return whether values of this type are bytes, of any length."""
     return bool(
         pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)

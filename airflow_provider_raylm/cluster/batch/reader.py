@@ -94,8 +94,8 @@ class _Cursor:
         self._plan = plan
         self._fragment = fragment
         self._id = (plan.how.id_column or ROW_ID) if fragment.has_ids else None
-        told = dict(fragment.partition)
-        wanted = [field for field in plan.schema if field.name not in told]
+        self._told = dict(fragment.partition)
+        wanted = [field for field in plan.schema if field.name not in self._told]
         if self._id is not None and self._id not in plan.schema.names:
             wanted.append(pa.field(self._id, pa.string()))
         self._first = 0
@@ -133,14 +133,13 @@ class _Cursor:
     def _conform(self, table: pa.Table | None, first: int) -> pa.Table:
         """Return rows with the plan's columns, of the plan's types, and with their ids."""
         count = 0 if table is None else table.num_rows
-        told = dict(self._fragment.partition)
         columns: list[Any] = []
         for field in self._plan.schema:
             if table is not None and field.name in table.column_names:
                 column = table[field.name]
                 columns.append(column if column.type.equals(field.type) else _cast(column, field))
-            elif told.get(field.name) is not None:
-                columns.append(pa.repeat(pa.scalar(told[field.name], pa.string()), count).cast(field.type))
+            elif self._told.get(field.name) is not None:
+                columns.append(pa.repeat(pa.scalar(self._told[field.name], pa.string()), count).cast(field.type))
             else:
                 columns.append(pa.nulls(count, field.type))
         if self._id is not None and table is not None:

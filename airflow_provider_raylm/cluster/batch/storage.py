@@ -111,7 +111,7 @@ class Place:
         """Return a listing with what links lead to: files as such, and those of folders, except of *seen* ones."""
         files: dict[str, Info] = {}
         for path, info in found.items():
-            if info["type"] == "directory" and is_partition(path):
+            if info.get("type") == "directory" and is_partition(path):
                 files |= self._followed(self.fs.find(path, detail=True), seen)
             # Of local files alone.
             elif not info.get("islink"):
