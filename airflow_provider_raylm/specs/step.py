@@ -201,7 +201,7 @@ class Step(Value):
     @property
     def is_determined(self) -> bool:
         """Whether equal questions have equal answers."""
-        return self.temperature == 0 or bool({"embed", "classify", "score"} & set(self._asked))
+        return self.temperature == 0 or not self._of_kinds.keys().isdisjoint(self._asked)
 
     def _check_kind(self) -> None:
         """Refuse what the kind of question does not heed; which kind it is, is checked where all is known."""

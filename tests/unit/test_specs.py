@@ -12,6 +12,8 @@ from airflow_provider_raylm.specs import (
     build,
     check_unrendered,
 )
+from airflow_provider_raylm.specs.per_row import PerRow
+from tests.offline import own_of
 
 BATCH = {"source": "in/*.parquet", "prompt": "Say ${text}", "output": "out"}
 
@@ -167,6 +169,14 @@ def test_a_report_reconciles():
         report(rows_in=6, rows_written=3, rows_quarantined=2, failures={"timeout": 2})
     with pytest.raises(ValueError, match="2 quarantined rows, but reasons"):
         report(rows_in=2, rows_written=0, rows_quarantined=2, failures={"timeout": 1})
+
+
+def test_a_sampling_field_is_one_everywhere():
+    """What a row may tell is sent to the engine, and the integration tests do so, but for seed."""
+    told = {name for name, field in Step.model_fields.items() if any(isinstance(one, PerRow) for one in field.metadata)}
+
+    assert told == {*Step.sampling_fields, "adapter", "messages"}
+    assert {*own_of(0), "seed"} == set(Step.sampling_fields)
 
 
 def test_usage_sums_over_tasks():

@@ -41,7 +41,7 @@ class File:
 
     Attributes:
         uri: its one address.
-        format: parquet, jsonl, csv or text.
+        format: by its name in a spec.
         compression: by pyarrow's names, or None.
         size: bytes.
         version: changes when its content does.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import get_args
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -14,9 +15,10 @@ from airflow_provider_raylm.cluster.batch.formats import format_of
 from airflow_provider_raylm.cluster.batch.fragments import File, Reading
 from airflow_provider_raylm.cluster.batch.storage import Info, Place, is_partition, version
 from airflow_provider_raylm.errors import BatchError
-from airflow_provider_raylm.specs import BatchSpec
+from airflow_provider_raylm.specs import BatchSpec, Format
 from airflow_provider_raylm.specs.batch import is_hidden
 
+_FORMATS = ", ".join(get_args(Format))
 _HIVE = re.compile(r"([^=/]+)=([^/]*)")
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -44,7 +46,7 @@ def list_files(spec: BatchSpec, how: Reading, say: Say) -> list[File]:
         for path, info in matches.items():
             told = format_of(path, how.format)
             if told is None and named:
-                raise BatchError(f"{source}: unknown suffix; set source_format to one of parquet, jsonl, csv, text")
+                raise BatchError(f"{source}: unknown suffix; set source_format to one of {_FORMATS}")
             if told is None:
                 others += 1
                 continue
@@ -55,7 +57,7 @@ def list_files(spec: BatchSpec, how: Reading, say: Say) -> list[File]:
         if others == len(matches):
             raise BatchError(
                 f"source {source!r} has no file of a format that is read (its {others} files have other suffixes). "
-                "Check the path, or set source_format to one of parquet, jsonl, csv, text."
+                f"Check the path, or set source_format to one of {_FORMATS}."
             )
         _require_elsewhere(spec, place, own)
     for uri in found:

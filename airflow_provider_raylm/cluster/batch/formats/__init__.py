@@ -28,7 +28,7 @@ _FORMATS: dict[str, Format] = {
 }
 _COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd", "lz4": "lz4"}
 _LOOKS = {"parquet": parquet.inspect, "csv": text.inspect_csv, "jsonl": text.inspect_json, "text": text.inspect_lines}
-_TEXTS = {"csv": text.read_csv, "jsonl": text.read_json, "text": text.read_lines}
+_READS = {"csv": text.read_csv, "jsonl": text.read_json, "text": text.read_lines}
 # What pyarrow reads but cannot compute with, and what holds the same.
 _VIEWS = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 
@@ -86,7 +86,7 @@ def tables(
         yield from parquet.read(file, schema, wanted_from)
         return
     position = 0
-    for table in _TEXTS[file.format](file, how, schema):
+    for table in _READS[file.format](file, how, schema):
         yield position, table
         position += table.num_rows
 
