@@ -11,7 +11,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_raylm.cluster.batch import storage
@@ -363,18 +363,29 @@ def test_a_kill_while_it_replaces_never_leaves_a_complete_half(root, monkeypatch
         assert [row["text"] for row in rows_of(f"{output}/_quarantine")[0]] == ["bad"], number
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    failing=st.lists(st.sets(st.integers(0, 11)), min_size=1, max_size=5),
-    kills=st.lists(st.integers(0, 12), min_size=5, max_size=5),
-    block_rows=st.integers(1, 13),
-)
-def test_any_number_of_kills(tmp_path_factory, failing, kills, block_rows):
+@pytest.mark.parametrize("examples", [pytest.param(40, id="local"), pytest.param(6, id="s3")])
+def test_any_number_of_kills(request, tmp_path_factory, examples):
     """Whichever rows fail in which attempt, each ends once, and no answer is paid for twice once it is written."""
-    root = str(tmp_path_factory.mktemp("kills"))
-    task = spec(root, [f"t{i}" for i in range(12)], block_rows=block_rows)
-    monkeypatch = pytest.MonkeyPatch()
 
+    @settings(max_examples=examples, deadline=None)
+    @given(
+        failing=st.lists(st.sets(st.integers(0, 11)), min_size=1, max_size=5),
+        kills=st.lists(st.integers(0, 12), min_size=5, max_size=5),
+        block_rows=st.integers(1, 13),
+    )
+    def killed(failing, kills, block_rows):
+        folder = tmp_path_factory.mktemp("kills")
+        root = str(folder) if request.node.callspec.id == "local" else f"s3://{BUCKET}/{folder.name}"
+        task = spec(root, [f"t{i}" for i in range(12)], block_rows=block_rows)
+        each_row_ends_once(task, failing, kills)
+
+    if request.node.callspec.id == "s3":
+        # Where parts are written in other threads than on a local folder.
+        request.getfixturevalue("s3")
+    killed()
+
+
+def each_row_ends_once(task, failing, kills):
     def failing_at(fails):
         def ask(fields, prompts):
             return [
@@ -385,7 +396,7 @@ def test_any_number_of_kills(tmp_path_factory, failing, kills, block_rows):
 
     for fails, kill in zip(failing, kills, strict=False):
         before = {row[ROW_ID] for row in rows_of(task.output)[0]} if listed(task.output) else set()
-        with killed_at(kill, monkeypatch):
+        with killed_at(kill, pytest.MonkeyPatch()):
             attempt(task, ask=failing_at(fails), at_a_time=1)
         assert before <= {row[ROW_ID] for row in rows_of(task.output)[0]}
         if listed(task.output) and manifest_of(task.output)["state"] == "complete":
