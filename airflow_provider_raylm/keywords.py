@@ -160,6 +160,7 @@ class BatchFields(TypedDict, total=False):
     source: Place | Sequence[Place] | Mapping[str, Any]
     source_format: Literal["parquet", "jsonl", "csv", "text"] | Later | None
     delimiter: Later | None
+    escape: Later | None
     encoding: Later
     limit: int | Later | None
     columns: Sequence[Later] | Later | None

@@ -18,6 +18,7 @@ _HOUR_S = 3600.0
 
 Format = Literal["parquet", "jsonl", "csv", "text"]
 OutputFormat = Literal["parquet", "jsonl"]
+CSV_OPTIONS = ("delimiter", "escape")
 
 
 def is_hidden(path: str) -> bool:
@@ -54,6 +55,12 @@ class BatchSpec(Step):
     source_format: Format | None = Field(None, description="Default: by the files' suffix.")
     delimiter: str | None = Field(
         None, min_length=1, max_length=1, description="Between the cells of CSV; default: a comma, in .tsv a tab."
+    )
+    escape: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1,
+        description="Before a quote within quotes in CSV, a backslash as Spark writes it; default: quotes are doubled.",
     )
     encoding: str = Field("utf-8", description="Of CSV, JSON Lines and text, by Python's names; a BOM is left out.")
     limit: int | None = Field(None, ge=1, description="Only the first rows of the source, for a trial.")
@@ -152,10 +159,14 @@ class BatchSpec(Step):
                     )
 
     def _check_reading(self) -> None:
-        if self.delimiter is not None and self.source_format not in (None, "csv"):
-            raise ValueError(f"delimiter: only CSV has one, and source_format is {self.source_format!r}")
-        if self.delimiter is not None and self.delimiter in '"\r\n':
-            raise ValueError(f"delimiter: {self.delimiter!r} has a meaning of its own in CSV")
+        for name in CSV_OPTIONS:
+            character = getattr(self, name)
+            if character is not None and self.source_format not in (None, "csv"):
+                raise ValueError(f"{name}: only CSV has one, and source_format is {self.source_format!r}")
+            if character is not None and (character in '"\r\n' or not character.isascii()):
+                raise ValueError(f"{name}: {character!r} has a meaning of its own in CSV, or is no ASCII")
+        if self.escape is not None and self.escape == (self.delimiter or ","):
+            raise ValueError(f"escape: {self.escape!r} stands between cells")
         try:
             codecs.lookup(self.encoding)
         except LookupError:

@@ -1,8 +1,10 @@
 """From a source to blocks of rows: files that others wrote, on a local folder and on S3."""
 
 import bz2
+import csv
 import gc
 import gzip
+import io
 import json
 import uuid
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_provider_raylm.cluster.batch import ids, json_text
-from airflow_provider_raylm.cluster.batch.formats import format_of
+from airflow_provider_raylm.cluster.batch.formats import csv_text, format_of
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, File, Fragment, Reading
 from airflow_provider_raylm.cluster.batch.plan import Block, Plan, make_plan
 from airflow_provider_raylm.cluster.batch.reader import read_blocks
@@ -126,12 +128,115 @@ def test_csv_as_excel_and_others_write_it(tmp_path):
     assert texts_of(spec(tmp_path, encoding="utf-16")) == ["ü"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf-16", "utf-16-le", "utf-16-be", "utf-32-be", "gb18030"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt"])
+def test_a_mark_at_the_beginning_is_no_text(tmp_path, encoding, name):
+    """Whatever the encoding; a file without one is read as well, and one within is kept."""
+    content = {"a.csv": "text\nx\ufeff\n", "a.jsonl": '{"text": "x\ufeff"}', "a.txt": "x\ufeff\n"}[name]
+    for mark in ("", "" if encoding == "utf-16" else "\ufeff"):
+        write(tmp_path, name, (mark + content).encode(encoding))
+        assert texts_of(spec(tmp_path, encoding=encoding)) == ["x\ufeff"]
+
+
+@pytest.mark.parametrize("rows", [1, 20_000])
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;"])
+def test_excels_own_line_gives_the_delimiter(tmp_path, first, rows):
+    """And is no row; the author's delimiter goes before it. Blocks are cut at the same positions."""
+    texts = [f"x,{number}" for number in range(rows)]
+    write(tmp_path, "a.csv", f"\ufeff{first}\r\ntext;n\r\n" + "".join(f"{text};1\r\n" for text in texts))
+    write(tmp_path, "b.tsv", f"{first}\ntext\tn\nx\t1\n")
+    task = spec(tmp_path, source=f"{tmp_path}/in/a.csv", block_rows=7_000)
+
+    assert texts_of(task) == texts
+    assert all(
+        table["text"][0].as_py() == texts[int(name[-9:])] for name, table in blocks_of(task, {"00000-000007000"})
+    )
+    assert texts_of(spec(tmp_path, source=f"{tmp_path}/in/b.tsv", delimiter="\t")) == ["x"]
+
+
+@pytest.mark.parametrize("rows", [1, 20_000])
+def test_columns_at_the_end_without_name_and_values_are_none(tmp_path, rows):
+    """As Excel leaves them; a value in one is refused, not left out."""
+    write(tmp_path, "a.csv", "text,n,,\n" + "x,1,,\n" * rows)
+    assert rows_of(spec(tmp_path))[-1].keys() == {"text", "n", ROW_ID}
+    assert texts_of(spec(tmp_path)) == ["x"] * rows
+
+    write(tmp_path, "a.csv", "text,n,,\n" + "x,1,,\n" * rows + "x,1,,y\n")
+    with pytest.raises(BatchError, match=rf"a\.csv as csv: column 4 has no name, but a value in row {rows + 1}\."):
+        rows_of(spec(tmp_path))
+    write(tmp_path, "a.csv", ",text,\n1,x,\n")
+    assert [row[""] for row in rows_of(spec(tmp_path))] == ["1"]
+
+
+SPARKS = r"""text,n
+plain C:\new\,1
+"a \"q\", \\ \n",2
+"",3
+"ends with \\",4
+"two
+lines \"\\\"",5
+5" pipe,6
+"dou""ble",7
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "shift-jis"])
+@pytest.mark.parametrize("characters", [1, 2, 3, 1 << 20])
+def test_csv_as_spark_writes_it(tmp_path, monkeypatch, encoding, characters):
+    """A backslash stands before quotes and itself where a cell is in quotes; elsewhere it is a character."""
+    monkeypatch.setattr(csv_text, "_READ_CHARACTERS", characters)
+    # Of which the second byte is a backslash.
+    write(tmp_path, "a.csv", (SPARKS + '"\u8868",8\n').encode(encoding))
+
+    assert texts_of(spec(tmp_path, escape="\\", encoding=encoding)) == [
+        "plain C:\\new\\",
+        'a "q", \\ \\n',
+        "",
+        "ends with \\",
+        'two\nlines "\\"',
+        '5" pipe',
+        'dou"ble',
+        "\u8868",
+    ]
+
+
+cells = st.text(st.sampled_from('a\\",;\n ') | st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=9)
+
+
+@given(rows=st.lists(st.tuples(cells, st.booleans()), min_size=1), characters=st.integers(1, 30))
+def test_escaped_quotes_are_doubled_wherever_what_is_read_ends(rows, characters):
+    """Each cell is what Spark was given, in quotes because it has to be or by chance."""
+    written, values = io.StringIO(), []
+    for text, in_quotes in rows:
+        if in_quotes or not text or set(text) & set('",\n') or text.isspace():
+            escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+            written.write(f'"{escaped}",x\n')
+        else:
+            written.write(f"{text},x\n")
+        values.append(text)
+    written.seek(0)
+    before, csv_text._READ_CHARACTERS = csv_text._READ_CHARACTERS, characters
+    try:
+        doubled = "".join(csv_text._doubled(written, ",", "\\"))
+    finally:
+        csv_text._READ_CHARACTERS = before
+
+    assert [row[0] for row in csv.reader(io.StringIO(doubled, newline=""))] == values
+
+
 def test_options_of_reading_are_honoured_or_refused(tmp_path):
     """Never ignored."""
     write(tmp_path, "a.parquet", pa.table({"text": ["x"]}))
-    with pytest.raises(BatchError, match="delimiter: none of the source's files is CSV"):
-        rows_of(spec(tmp_path, delimiter=";"))
+    for option in ({"delimiter": ";"}, {"escape": "\\"}):
+        with pytest.raises(BatchError, match=f"{next(iter(option))}: none of the source's files is CSV"):
+            rows_of(spec(tmp_path, **option))
+    with pytest.raises(BatchError, match="encoding: all of the source's files are Parquet"):
+        rows_of(spec(tmp_path, encoding="cp1252"))
     for fields, reason in (
+        ({"escape": "\\", "source_format": "jsonl"}, "only CSV has one"),
+        ({"escape": '"'}, "a meaning of its own"),
+        ({"escape": "ä"}, "no ASCII"),
+        ({"escape": ";", "delimiter": ";"}, "stands between cells"),
         ({"delimiter": ";", "source_format": "jsonl"}, "only CSV has one"),
         ({"delimiter": '"'}, "a meaning of its own"),
         ({"encoding": "utf-9"}, "Python knows none of the name 'utf-9'"),

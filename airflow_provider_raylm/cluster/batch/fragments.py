@@ -19,20 +19,17 @@ class Reading:
 
     Attributes:
         format: of all files; None for what each file's suffix says.
-        delimiter: between the cells of CSV; None for a comma, or a tab in ``.tsv``.
+        delimiter: between the cells of CSV; None for what the file says, a comma, or a tab in ``.tsv``.
+        escape: what a quote within quotes stands behind in CSV; None where it is doubled.
         encoding: of CSV, JSON and text.
         id_column: column with the rows' ids; None for an earlier task's, or none.
     """
 
     format: Format | None = None
     delimiter: str | None = None
+    escape: str | None = None
     encoding: str = "utf-8"
     id_column: str | None = None
-
-    @property
-    def codec(self) -> str:
-        """The encoding, without a mark at the beginning of a file."""
-        return "utf-8-sig" if self.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else self.encoding
 
 
 @dataclass(frozen=True)

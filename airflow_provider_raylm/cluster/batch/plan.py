@@ -6,6 +6,7 @@ part files: what is done is a set of names, and what is left is the plan without
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from airflow_provider_raylm.cluster.batch.source import Say, list_files, partiti
 from airflow_provider_raylm.cluster.batch.storage import REQUESTS_AT_A_TIME
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import BatchSpec
+from airflow_provider_raylm.specs.batch import CSV_OPTIONS, Format
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,9 @@ def make_plan(spec: BatchSpec, say: Say) -> Plan:
         BatchError: a source matches nothing or holds the task's own output; a file cannot be read; a column is missing,
             there twice or in the way of an answer, or of two types; ids are not unique.
     """
-    how = Reading(spec.source_format, spec.delimiter, spec.encoding, spec.id_column)
+    how = Reading(spec.source_format, spec.delimiter, spec.escape, spec.encoding, spec.id_column)
     files = list_files(spec, how, say)
-    if spec.delimiter is not None and not any(file.format == "csv" for file in files):
-        raise BatchError("delimiter: none of the source's files is CSV. Leave it out.")
+    _require_use(spec, {file.format for file in files})
     with ThreadPoolExecutor(REQUESTS_AT_A_TIME, thread_name_prefix="raylm-look") as pool, Seen() as seen:
         contents = []
         # Thousands of files have few schemas.
@@ -142,6 +143,15 @@ def make_plan(spec: BatchSpec, say: Say) -> Plan:
     check_ids(spec, how, fragments, contents, twice)
     plan = Plan(fragments, schema, how, spec.block_rows, spec.limit)
     return replace(plan, fragments=_counted(plan)) if spec.limit is not None else plan
+
+
+def _require_use(spec: BatchSpec, formats: set[Format]) -> None:
+    """Refuse options of reading that no file is read by."""
+    for name in CSV_OPTIONS:
+        if getattr(spec, name) is not None and "csv" not in formats:
+            raise BatchError(f"{name}: none of the source's files is CSV. Leave it out.")
+    if formats == {"parquet"} and codecs.lookup(spec.encoding).name != "utf-8":
+        raise BatchError("encoding: all of the source's files are Parquet, which tells its own. Leave it out.")
 
 
 def _counted(plan: Plan) -> Sequence[Fragment]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 import numpy as np
 import pyarrow as pa
 
-from airflow_provider_raylm.cluster.batch.formats import parquet, text
+from airflow_provider_raylm.cluster.batch.formats import csv_text, parquet, text
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, Contents, File, Reading
 from airflow_provider_raylm.cluster.batch.ids import hashes, id_name, id_texts, require_id_type
 from airflow_provider_raylm.cluster.batch.storage import reading
@@ -27,8 +27,13 @@ _FORMATS: dict[str, Format] = {
     "txt": "text",
 }
 _COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd", "lz4": "lz4"}
-_LOOKS = {"parquet": parquet.inspect, "csv": text.inspect_csv, "jsonl": text.inspect_json, "text": text.inspect_lines}
-_READS = {"csv": text.read_csv, "jsonl": text.read_json, "text": text.read_lines}
+_LOOKS = {
+    "parquet": parquet.inspect,
+    "csv": csv_text.inspect_csv,
+    "jsonl": text.inspect_json,
+    "text": text.inspect_lines,
+}
+_READS = {"csv": csv_text.read_csv, "jsonl": text.read_json, "text": text.read_lines}
 # What pyarrow reads but cannot compute with, and what holds the same.
 _VIEWS = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 
