@@ -6,9 +6,11 @@ import gc
 import gzip
 import io
 import json
+import re
 import uuid
 from types import SimpleNamespace
 
+import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,6 +26,7 @@ from airflow_provider_raylm.cluster.batch.reader import read_blocks
 from airflow_provider_raylm.cluster.batch.task import Work
 from airflow_provider_raylm.errors import BatchError, SpecError
 from airflow_provider_raylm.specs import BatchSpec, build
+from tests.s3 import BUCKET
 from tests.scripted import REF, attempt, shouts
 
 
@@ -598,6 +601,53 @@ def test_folders_globs_hidden_files_and_files_of_other_kinds(tmp_path):
         names(f"{folder}/README.md")
     with pytest.raises(BatchError, match="has no file of a format that is read"):
         names(f"{folder}/*.md")
+
+
+def test_a_file_without_bytes_has_no_rows(tmp_path):
+    """Failed writers leave it; where nothing else is there, it is no empty day."""
+    write(tmp_path, "a.jsonl", '{"text": "x"}\n')
+    write(tmp_path, "b.parquet", b"")
+    write(tmp_path, "c.csv", b"")
+    said = []
+
+    assert make_plan(spec(tmp_path), said.append).rows == 1
+    assert said == [f"1 files in {tmp_path}/in are left out: they have no bytes, and so no rows"]
+    with pytest.raises(BatchError, match=r"b\.parquet as parquet: it has no bytes"):
+        make_plan(spec(tmp_path, source=f"{tmp_path}/in/b.parquet"), print)
+    with pytest.raises(BatchError, match=r"has no file of a format that is read \(0 of its files .*, 1 no bytes\)"):
+        make_plan(spec(tmp_path, source=f"{tmp_path}/in/*.parquet"), print)
+
+
+def test_markers_of_folders_on_s3_are_no_files(s3, tmp_path):
+    """By which consoles and Hadoop make a folder; also of one whose name has a suffix."""
+    folder = tmp_path.name
+    client = fsspec.filesystem("s3")
+    for key in (f"{folder}/", f"{folder}/a.parquet/", f"{folder}/b_$folder$", f"{folder}/sub/"):
+        client.call_s3("put_object", Bucket=BUCKET, Key=key, Body=b"")
+    task = spec(tmp_path, source=f"s3://{BUCKET}/{folder}")
+    with pytest.raises(BatchError, match="has no file of a format"):
+        make_plan(task, print)
+    client.pipe_file(f"{BUCKET}/{folder}/sub/a.txt", b"x\n")
+    said = []
+
+    assert texts_of(task) == ["x"]
+    assert make_plan(task, said.append).rows == 1
+    assert said == [f"1 files in s3://{BUCKET}/{folder} are left out: their suffixes tell no format that is read"]
+
+
+@pytest.mark.parametrize("name", ["a::b.txt", "a?versionId=1.txt"])
+@pytest.mark.parametrize("storage", ["local", "s3"])
+def test_a_name_that_is_taken_for_something_else_is_refused(request, tmp_path, name, storage):
+    """By its own name, and not with an error of another file."""
+    write(tmp_path, name, "x\n")
+    source = str(tmp_path / "in")
+    if storage == "s3":
+        request.getfixturevalue("s3")
+        source = f"s3://{BUCKET}/{tmp_path.name}"
+        fsspec.filesystem("s3").call_s3("put_object", Bucket=BUCKET, Key=f"{tmp_path.name}/{name}", Body=b"x\n")
+
+    with pytest.raises(BatchError, match=rf"{re.escape(name)}: the name of this file has .*Rename it"):
+        make_plan(spec(tmp_path, source=source), print)
 
 
 @pytest.mark.parametrize(

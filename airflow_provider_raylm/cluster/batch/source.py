@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import get_args
 from urllib.parse import unquote
 
@@ -28,37 +28,18 @@ Say = Callable[[str], None]
 def list_files(spec: BatchSpec, how: Reading, say: Say) -> list[File]:
     """Return the files that the spec's source names, sorted; in a folder, those of a format that is read.
 
-    Hidden ones (``_``, ``.``) are left out; so are those of no known format, such as a README, with a line about it.
+    Hidden ones (``_``, ``.``) are left out; so are those of no known format, such as a README, and Parquet without
+    bytes, with a line about each.
 
     Raises:
-        BatchError: a file, folder or glob that matches nothing; a named file of no known format; a place where the task
-            itself writes.
+        BatchError: a file, folder or glob that matches nothing; a named file of no known format; a name that fsspec
+            takes for something else; a place where the task itself writes.
     """
     found: dict[str, File] = {}
     own = {Place(uri).name for uri in (spec.output, spec.quarantine_uri)}
     for source in spec.sources:
         place = Place(source)
-        matches = _matches(place)
-        if not matches:
-            raise BatchError(f"source {source!r} matches no file. Check the path and the pattern.")
-        named = set(matches) == {place.path}
-        others = 0
-        for path, info in matches.items():
-            told = format_of(path, how.format)
-            if told is None and named:
-                raise BatchError(f"{source}: unknown suffix; set source_format to one of {_FORMATS}")
-            if told is None:
-                others += 1
-                continue
-            uri = str(place.fs.unstrip_protocol(path))
-            found[uri] = File(uri, told[0], told[1], int(info.get("size") or 0), version(info))
-        if others:
-            say(f"{others} files in {source} are left out: their suffixes tell no format that is read")
-        if others == len(matches):
-            raise BatchError(
-                f"source {source!r} has no file of a format that is read (its {others} files have other suffixes). "
-                f"Check the path, or set source_format to one of {_FORMATS}."
-            )
+        found |= {file.uri: file for file in _files_of(place, how, say)}
         _require_elsewhere(spec, place, own)
     for uri in found:
         if uri.rpartition("/")[0] in own:
@@ -67,6 +48,43 @@ def list_files(spec: BatchSpec, how: Reading, say: Say) -> list[File]:
                 "rows. Choose another output."
             )
     return [found[uri] for uri in sorted(found)]
+
+
+def _files_of(place: Place, how: Reading, say: Say) -> Iterator[File]:
+    matches = _matches(place)
+    if not matches:
+        raise BatchError(f"source {place.uri!r} matches no file. Check the path and the pattern.")
+    named = set(matches) == {place.path}
+    others = empty = 0
+    for path, info in matches.items():
+        told = format_of(path, how.format)
+        if told is None and named:
+            raise BatchError(f"{place.uri}: unknown suffix; set source_format to one of {_FORMATS}")
+        if told is None:
+            others += 1
+        elif told[0] == "parquet" and info.get("size") == 0 and not named:
+            # A writer that failed leaves it.
+            empty += 1
+        else:
+            uri = _readable(str(place.fs.unstrip_protocol(path)))
+            yield File(uri, told[0], told[1], int(info.get("size") or 0), version(info))
+    if others:
+        say(f"{others} files in {place.uri} are left out: their suffixes tell no format that is read")
+    if empty:
+        say(f"{empty} files in {place.uri} are left out: they have no bytes, and so no rows")
+    if others + empty == len(matches):
+        raise BatchError(
+            f"source {place.uri!r} has no file of a format that is read ({others} of its files have other suffixes, "
+            f"{empty} no bytes). Check the path, or set source_format to one of {_FORMATS}."
+        )
+
+
+def _readable(uri: str) -> str:
+    """Refuse a name by which fsspec opens something else: another file system, or an earlier version of a file."""
+    for part in ("::", "?versionid="):
+        if part in uri.lower():
+            raise BatchError(f"{uri}: the name of this file has {part!r}, which fsspec takes for its own. Rename it.")
+    return uri
 
 
 def _matches(place: Place) -> dict[str, Info]:

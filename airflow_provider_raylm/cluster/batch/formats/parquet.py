@@ -21,6 +21,8 @@ _BATCH_BYTES = 1 << 24
 
 def inspect(file: File, how: Reading) -> Contents:
     """Return what is in a file, by its last bytes; the ids of a column, where these are the whole file."""
+    if not file.size:
+        raise ValueError("it has no bytes. Did what writes it fail?")
     size = min(file.size, _ENDS_BYTES)
     end = Place(file.uri).read(file.size - size, file.size)
     footer = int.from_bytes(end[-8:-4], "little") + 8
