@@ -390,6 +390,59 @@ def test_a_value_that_a_template_needs_and_python_does_not_know_fails_its_row(tm
     assert (report.rows_written, report.failures) == (1, {"unreadable_value": 1})
 
 
+def a_time(kind):
+    """One nanosecond after midnight, as a value of a type that has such within."""
+    if isinstance(kind, pa.MapType):
+        return [("a", 1)]
+    return {"a": 1} if pa.types.is_struct(kind) else [1] if pa.types.is_nested(kind) else 1
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.time64("ns"),
+        pa.list_(pa.time64("ns")),
+        pa.list_(pa.time64("ns"), 1),
+        pa.large_list(pa.time64("ns")),
+        pa.struct([("a", pa.time64("ns"))]),
+        pa.map_(pa.string(), pa.time64("ns")),
+        pa.timestamp("ns"),
+        pa.timestamp("ns", "UTC"),
+        pa.duration("ns"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("output_format", ["parquet", "jsonl"])
+def test_no_nanosecond_is_lost(tmp_path, kind, output_format):
+    """Neither in what is asked nor in what is written."""
+    column = pa.array([a_time(kind)], kind)
+    write(tmp_path, "a.parquet", pa.table({"text": column}))
+    asked = []
+
+    def ask(fields, prompts):
+        asked.extend(prompts)
+        return shouts(fields, prompts)
+
+    attempt(spec(tmp_path, output_format=output_format), ask=ask)
+    (part,) = (tmp_path / "out").glob("part-*")
+    assert "00:00:00.000000001" in asked[0]
+    if output_format == "jsonl":
+        assert "00:00:00.000000001" in part.read_text()
+    else:
+        assert pq.read_table(part)["text"].combine_chunks().equals(column)
+
+
+def test_a_time_of_day_without_nanoseconds_is_one_of_pythons(tmp_path):
+    """Whatever the column could hold."""
+    write(
+        tmp_path, "a.parquet", pa.table({"text": pa.array([45_296_500_000_000], pa.time64("ns")).dictionary_encode()})
+    )
+    attempt(spec(tmp_path, output_format="jsonl"))
+
+    (part,) = (tmp_path / "out").glob("part-*")
+    assert json.loads(part.read_text())["text"] == "12:34:56.500000"
+
+
 def test_what_cannot_be_written_is_refused_before_the_first_row(tmp_path, monkeypatch):
     """Naming the column."""
     write(tmp_path, "a.parquet", pa.table({"text": ["x"]}))

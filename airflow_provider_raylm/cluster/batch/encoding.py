@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from airflow_provider_raylm.cluster.batch.rows.values import UNREADABLE
+from airflow_provider_raylm.cluster.batch.rows.values import UNREADABLE, exact
 from airflow_provider_raylm.specs import OutputFormat
 
 
@@ -58,7 +58,7 @@ def writable(schema: pa.Schema, format: OutputFormat) -> str | None:
 
 def _json_values(column: pa.ChunkedArray) -> list[Any]:
     try:
-        return [_json_value(value) for value in column.to_pylist()]
+        return [_json_value(value) for value in exact(column).to_pylist()]
     except UNREADABLE:
         return [_one_json_value(value) for value in column]
 

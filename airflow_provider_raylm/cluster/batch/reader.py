@@ -14,6 +14,7 @@ from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, Fragment
 from airflow_provider_raylm.cluster.batch.ids import id_texts
 from airflow_provider_raylm.cluster.batch.json_text import as_text
 from airflow_provider_raylm.cluster.batch.plan import Block, Plan
+from airflow_provider_raylm.cluster.batch.rows.values import exact
 from airflow_provider_raylm.cluster.batch.storage import reading
 from airflow_provider_raylm.errors import BatchError
 
@@ -77,7 +78,7 @@ def _cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
     """
     if pa.types.is_string(field.type) and pa.types.is_nested(column.type):
         # Beside JSON, of which each row keeps its own text.
-        return pa.chunked_array([[as_text(value) for value in column.to_pylist()]], field.type)
+        return pa.chunked_array([[as_text(value) for value in exact(column).to_pylist()]], field.type)
     try:
         return column.cast(field.type)
     except pa.ArrowException as error:

@@ -30,12 +30,42 @@ def values(table: pa.Table, columns: Iterable[str]) -> tuple[list[dict[str, Any]
     bad: dict[int, Refusal] = {}
     for name in columns:
         try:
-            column = table[name].to_pylist()
+            column = exact(table[name]).to_pylist()
         except UNREADABLE:
             column = [_value(name, value, number, bad) for number, value in enumerate(table[name])]
         for row, value in zip(found, column, strict=True):
             row[name] = value
     return found, bad
+
+
+def exact(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column of which Python's values lose nothing: a time of day has no nanoseconds there, and is text."""
+    if (shorter := _with_times(column.type, pa.time64("us"))).equals(column.type):
+        return column
+    try:
+        return column.cast(shorter)
+    except pa.ArrowInvalid:
+        return column.cast(_with_times(column.type, pa.string()))
+
+
+def _with_times(kind: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """Return a type with *other* in the place of times of day with nanoseconds."""
+    if kind.equals(pa.time64("ns")):
+        return other
+    if pa.types.is_dictionary(kind):
+        inner = _with_times(kind.value_type, other)
+        return kind if inner.equals(kind.value_type) else inner
+    if pa.types.is_struct(kind):
+        return pa.struct([one.with_type(_with_times(one.type, other)) for one in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(kind.key_type, _with_times(kind.item_type, other))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_with_times(kind.value_type, other)))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_with_times(kind.value_type, other)), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_with_times(kind.value_type, other)))
+    return kind
 
 
 def _value(name: str, value: pa.Scalar, number: int, bad: dict[int, Refusal]) -> Any:
