@@ -985,15 +985,47 @@ def test_json_beside_other_types_stays_as_it_is_written(tmp_path, in_json, in_pa
 
 
 def test_types_that_would_change_a_value_are_refused(tmp_path):
-    """Decimals beside doubles when the files are looked at; a number that no double holds where it is read."""
+    """When the files are looked at: decimals beside doubles, a number that no double holds.
+
+    Whether the footer tells what is greatest, or only reading does.
+    """
     write(tmp_path, "a.parquet", pa.table({"text": ["x"], "n": [0.5]}))
     write(tmp_path, "b.parquet", pa.table({"text": ["x"], "n": pa.array([1], pa.decimal128(20, 2))}))
     with pytest.raises(BatchError, match="no one type holds both"):
-        blocks_of(spec(tmp_path))
+        make_plan(spec(tmp_path), print)
 
-    write(tmp_path, "b.parquet", pa.table({"text": ["x"], "n": [2**53 + 1]}))
-    with pytest.raises(BatchError, match=r"b\.parquet.*column 'n' is int64 here and double.*columns="):
-        rows_of(spec(tmp_path))
+    for statistics in (True, False):
+        table = pa.table({"text": ["x"] * 3, "n": [1, 2**53 + 1, None]})
+        pq.write_table(table, tmp_path / "in/b.parquet", row_group_size=1, write_statistics=statistics)
+        with pytest.raises(BatchError, match=r"b\.parquet.*column 'n' is int64 here and double.*columns="):
+            make_plan(spec(tmp_path), print)
+        assert make_plan(spec(tmp_path, columns=["text"]), print).rows == 4
+        pq.write_table(table.slice(2), tmp_path / "in/b.parquet", write_statistics=statistics)
+        assert rows_of(spec(tmp_path))[-1]["n"] is None
+
+    (tmp_path / "in/b.parquet").unlink()
+    write(tmp_path, "b.jsonl", '{"text": "x", "n": 9007199254740993}')
+    with pytest.raises(BatchError, match=r"b\.jsonl.*column 'n' is int64 here and double"):
+        make_plan(spec(tmp_path), print)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pa.array([[0.5]]), pa.array([[2**53 + 1]])),
+        (pa.array([-1]), pa.array([2**64 - 1], pa.uint64())),
+        (pa.array([1], pa.timestamp("ns")), pa.array([-(10**10)], pa.timestamp("s"))),
+        (pa.array([1], pa.duration("ns")), pa.array([10**10], pa.duration("s"))),
+        (pa.array([1], pa.timestamp("ns")), pa.array([-(10**6)], pa.date32())),
+    ],
+    ids=lambda array: str(array.type),
+)
+def test_a_value_that_the_common_type_cannot_hold_is_refused_in_the_plan(tmp_path, one, other):
+    """Before a row of an earlier file is paid for."""
+    write(tmp_path, "a.parquet", pa.table({"text": ["x"], "n": one}))
+    write(tmp_path, "b.parquet", pa.table({"text": ["x"], "n": other}))
+    with pytest.raises(BatchError, match="the column 'n'"):
+        make_plan(spec(tmp_path), print)
 
 
 def test_json_that_is_mixed_keeps_numbers_that_are_none(tmp_path):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
 
 from airflow_provider_raylm.cluster.batch import json_text
-from airflow_provider_raylm.cluster.batch.formats import ids_of, plain
-from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, Contents, Fragment, Reading
+from airflow_provider_raylm.cluster.batch.formats import ids_of, plain, samples
+from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, Contents, File, Fragment, Reading
 from airflow_provider_raylm.cluster.batch.ids import find_repeated, is_bytes
-from airflow_provider_raylm.cluster.batch.rows.values import missing_columns
+from airflow_provider_raylm.cluster.batch.rows.values import exact, missing_columns
+from airflow_provider_raylm.cluster.batch.storage import REQUESTS_AT_A_TIME, reading
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import RESERVED_PREFIX, BatchSpec
 
@@ -71,6 +73,65 @@ def _promoted(before: pa.Field, field: pa.Field) -> pa.Field:
         # Arrow would make them doubles, which lack a decimal's last digits.
         raise pa.ArrowTypeError("no type holds decimals and doubles")
     return pa.unify_schemas([pa.schema([before]), pa.schema([field])], promote_options="permissive").field(0)
+
+
+def check_values(how: Reading, fragments: Sequence[Fragment], contents: Sequence[Contents], schema: pa.Schema) -> None:
+    """Check that values fit where a column has another type over all files than in one of them.
+
+    Raises:
+        BatchError: one does not; the text names the column and the file.
+    """
+    # Thousands of files share few schemas, each one object.
+    schemas = {id(found.schema): found.schema for found in contents}
+    by_schema = {key: _doubtful(own, schema) for key, own in schemas.items()}
+    doubtful = [
+        (fragment.file, *fields)
+        for fragment, found in zip(fragments, contents, strict=True)
+        for fields in by_schema[id(found.schema)]
+    ]
+
+    def check(of: tuple[File, pa.Field, pa.Field]) -> None:
+        file, here, everywhere = of
+        with reading(file.uri, file.format):
+            for column in samples(file, how, here):
+                cast(column, everywhere)
+
+    with ThreadPoolExecutor(REQUESTS_AT_A_TIME, thread_name_prefix="raylm-fit") as pool:
+        list(pool.map(check, doubtful))
+
+
+def _doubtful(own: pa.Schema, common: pa.Schema) -> list[tuple[pa.Field, pa.Field]]:
+    """Return the fields of which values may not fit, as a file has them and as all have them."""
+    pairs = [(field, common.field(field.name)) for field in plain(own) if field.name in common.names]
+    return [(here, everywhere) for here, everywhere in pairs if not _always_fits(here.type, everywhere.type)]
+
+
+def _always_fits(own: pa.DataType, common: pa.DataType) -> bool:
+    if own.equals(common) or pa.types.is_null(own) or pa.types.is_floating(own) or pa.types.is_string(common):
+        return True
+    if pa.types.is_integer(own) and pa.types.is_floating(common):
+        return bool(own.bit_width <= common.bit_width // 2)
+    if pa.types.is_signed_integer(own):
+        return bool(pa.types.is_signed_integer(common) and own.bit_width <= common.bit_width)
+    return bool(pa.types.is_integer(own) and pa.types.is_integer(common) and own.bit_width < common.bit_width)
+
+
+def cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    """Return a column in the type that holds what all files have of it.
+
+    Raises:
+        ValueError: a value does not fit into it.
+    """
+    if pa.types.is_string(field.type) and pa.types.is_nested(column.type):
+        # Beside JSON, of which each row keeps its own text.
+        return pa.chunked_array([[json_text.as_text(value) for value in exact(column).to_pylist()]], field.type)
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"the column {field.name!r} is {column.type} here and {field.type} with what other files have of it: "
+            f"{error}. Leave it out (columns=), or ask the files apart."
+        ) from error
 
 
 def check_columns(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from airflow_provider_raylm.cluster.batch.columns import check_columns, check_ids, one_schema
+from airflow_provider_raylm.cluster.batch.columns import check_columns, check_ids, check_values, one_schema
 from airflow_provider_raylm.cluster.batch.formats import inspect, tables
 from airflow_provider_raylm.cluster.batch.fragments import Fragment, Reading
 from airflow_provider_raylm.cluster.batch.ids import Seen, id_name
@@ -140,6 +140,7 @@ def make_plan(spec: BatchSpec, say: Say) -> Plan:
     ]
     schema = one_schema(spec, fragments, contents)
     check_columns(spec, fragments, contents, schema)
+    check_values(how, fragments, contents, schema)
     check_ids(spec, how, fragments, contents, twice)
     plan = Plan(fragments, schema, how, spec.block_rows, spec.limit)
     return replace(plan, fragments=_counted(plan)) if spec.limit is not None else plan

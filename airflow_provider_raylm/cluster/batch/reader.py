@@ -9,12 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from airflow_provider_raylm.cluster.batch.columns import cast
 from airflow_provider_raylm.cluster.batch.formats import tables
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID, Fragment
 from airflow_provider_raylm.cluster.batch.ids import id_texts
-from airflow_provider_raylm.cluster.batch.json_text import as_text
 from airflow_provider_raylm.cluster.batch.plan import Block, Plan
-from airflow_provider_raylm.cluster.batch.rows.values import exact
 from airflow_provider_raylm.cluster.batch.storage import reading
 from airflow_provider_raylm.errors import BatchError
 
@@ -70,24 +69,6 @@ def _exactly(rows: pa.Table, block: Block, plan: Plan) -> pa.Table:
     return rows
 
 
-def _cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
-    """Return a column in the type that holds what all files have of it.
-
-    Raises:
-        ValueError: a value does not fit into it.
-    """
-    if pa.types.is_string(field.type) and pa.types.is_nested(column.type):
-        # Beside JSON, of which each row keeps its own text.
-        return pa.chunked_array([[as_text(value) for value in exact(column).to_pylist()]], field.type)
-    try:
-        return column.cast(field.type)
-    except pa.ArrowException as error:
-        raise ValueError(
-            f"the column {field.name!r} is {column.type} here and {field.type} with what other files have of it: "
-            f"{error}. Leave it out (columns=), or ask the files apart."
-        ) from error
-
-
 class _Cursor:
     """Reads on in one file, which is opened with the first row that is wanted of it."""
 
@@ -138,7 +119,7 @@ class _Cursor:
         for field in self._plan.schema:
             if table is not None and field.name in table.column_names:
                 column = table[field.name]
-                columns.append(column if column.type.equals(field.type) else _cast(column, field))
+                columns.append(column if column.type.equals(field.type) else cast(column, field))
             elif self._told.get(field.name) is not None:
                 columns.append(pa.repeat(pa.scalar(self._told[field.name], pa.string()), count).cast(field.type))
             else:

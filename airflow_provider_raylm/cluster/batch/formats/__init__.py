@@ -96,6 +96,16 @@ def tables(
         position += table.num_rows
 
 
+def samples(file: File, how: Reading, field: pa.Field) -> Iterator[pa.ChunkedArray]:
+    """Yield values of a column that any other of it lies between: what a footer tells of them, or all."""
+    extremes = parquet.extremes(file, field) if file.format == "parquet" else None
+    if extremes is not None:
+        yield extremes
+        return
+    for _, table in tables(file, how, pa.schema([field])):
+        yield table[field.name]
+
+
 def plain(schema: pa.Schema) -> pa.Schema:
     """Return a schema without views, which hold what plain strings and bytes hold."""
     return pa.schema([field.with_type(_plain(field.type)) for field in schema])

@@ -59,6 +59,24 @@ def read(file: File, schema: pa.Schema, wanted_from: Callable[[], int]) -> Itera
             position = end
 
 
+def extremes(file: File, field: pa.Field) -> pa.ChunkedArray | None:
+    """Return the least and the greatest values of a column's row groups, where the footer tells them as integers."""
+    if not (pa.types.is_int64(field.type) or pa.types.is_timestamp(field.type) or pa.types.is_duration(field.type)):
+        return None
+    with Place(file.uri).open() as stream:
+        metadata = pq.ParquetFile(stream).metadata
+    found: list[int] = []
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema != field.name or not column.num_values:
+                continue
+            told = column.statistics
+            if told is None or not told.has_min_max or column.physical_type != "INT64":
+                return None
+            found += [told.min_raw, told.max_raw]
+    return pa.chunked_array([pa.array(found, pa.int64()).view(field.type)])
+
+
 def _batch_rows(group: pq.RowGroupMetaData, names: list[str]) -> int:
     """Return how many rows of a row group are read at a time."""
     chunks = (group.column(number) for number in range(group.num_columns))
