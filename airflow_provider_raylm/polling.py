@@ -138,7 +138,8 @@ def decide(watch: Watch, seen: JobInfo | Unreachable | None, now: float) -> Deci
     if seen is None:
         return Lost(
             "Ray does not know the job any more: the head node was probably restarted, and the engine is gone with "
-            "it. Clear the deploy task together with this one."
+            "it. A retry submits the job anew; where that finds no engine, clear the deploy task together with this "
+            "one."
         )
     if watch.deadline is not None and now >= watch.deadline:
         return Expired("was not done in time; it was told to stop.")

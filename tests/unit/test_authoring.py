@@ -397,3 +397,42 @@ def test_what_fails_again_is_not_tried_again(airflow_db, deferrable, error, rede
     assert found["x"] == ("success" if attempts == 2 else "failed")
     assert sum(request.verb == "infer" for request in fake.submitted) == attempts
     assert fake.engines == {}
+
+
+class ForgetsJobs(FakeRayJobs):
+    """Ray's head is restarted under the first job of a verb: the job is gone, and so are the engines."""
+
+    def __init__(self, verb):
+        super().__init__()
+        self._verb = verb
+
+    def submit(self, request):
+        submitted = super().submit(request)
+        if request.verb == self._verb:
+            self._verb = ""
+            self._jobs.clear()
+            self._engines.clear()
+        return submitted
+
+
+@pytest.mark.parametrize(
+    ("verb", "deferrable", "redeploy", "infers", "state"),
+    [
+        ("deploy", True, False, 1, "success"),
+        ("infer", True, True, 2, "success"),
+        ("infer", False, False, 2, "failed"),
+        ("teardown", False, False, 1, "success"),
+    ],
+)
+def test_a_job_that_ray_has_forgotten_is_submitted_anew(airflow_db, verb, deferrable, redeploy, infers, state):
+    """By the next try; one that finds no engine, and deploys none, is the last."""
+    again = {"retries": 3, "retry_delay": timedelta(0), "deferrable": deferrable}
+    with DAG(f"forgotten_{verb}_{redeploy}_{deferrable}", schedule=None, default_args=again) as dag:
+        with shared_engine("a", model="m", redeploy=redeploy) as engine:
+            engine.infer("x", source="s3://in", prompt="${text}", output="s3://out/x")
+    fake = ForgetsJobs(verb)
+    found = run(dag, fake)
+
+    assert found == {"deploy_a": "success", "x": state, "teardown_a": "success"}
+    assert sum(request.verb == "infer" for request in fake.submitted) == infers
+    assert fake.engines == {}

@@ -38,7 +38,7 @@ def test_a_job_that_ray_does_not_know_is_lost():
     lost = decide(Watch(), None, now=0)
 
     assert isinstance(lost, Lost)
-    assert "Clear the deploy task" in lost.reason
+    assert "clear the deploy task" in lost.reason
 
 
 def test_the_deadline_holds_during_silence():
