@@ -11,7 +11,6 @@ from airflow.sdk import XComArg
 from airflow.sdk.definitions.mappedoperator import MappedOperator
 
 from airflow_provider_raylm.decorators.raylm import raylm_task
-from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.keywords import (
     DecoratedArguments,
     DeployArguments,
@@ -169,7 +168,6 @@ def shared_engine(
     deploy = DeployEngineOperator(
         task_id=f"deploy_{name}", engine=spec, replace=replace, **{**connection, **(deploy_args or {})}
     )
-    _require_only(name, deploy)
     teardown = TeardownEngineOperator(
         task_id=f"teardown_{name}",
         engine=name,
@@ -179,21 +177,6 @@ def shared_engine(
     with teardown.as_teardown(setups=deploy):
         yield SharedEngine(name, deploy, teardown, spec if redeploy else None, storage_conn_id)
     _enclose(deploy, teardown, [task for task in deploy.dag.tasks if task.task_id not in others])
-
-
-def _require_only(name: str, deploy: DeployEngineOperator) -> None:
-    """Refuse a second engine of one name in a DAG, in another task group: a run's engines are known by their names.
-
-    Raises:
-        SpecError: there is one.
-    """
-    for task in deploy.dag.tasks:
-        spec = task.engine if isinstance(task, DeployEngineOperator) and task is not deploy else None
-        if isinstance(spec, dict) and spec.get("name") == name:
-            raise SpecError(
-                f"{deploy.task_id}: {task.task_id} deploys an engine named {name!r} already. Both would be one engine, "
-                "which the first teardown takes from the other: give it another name, or share it."
-            )
 
 
 def _enclose(deploy: Task, teardown: Task, inside: Sequence[Task]) -> None:

@@ -155,6 +155,11 @@ class RayLMOperator(RendersText, BaseOperator):
         # By their key; None in a process that did not begin the job, where XCom tells.
         self.links: dict[str, str] | None = {}
 
+    @property
+    def is_as_written(self) -> bool:
+        """Whether this is a DAG's task, and not one of those that a mapped task became when it ran."""
+        return self.has_dag() and self.dag.task_dict.get(self.task_id) is self  # type: ignore[no-untyped-call]
+
     def run_on_cluster(self, context: Context, command: Command) -> Outcome:
         """Run *command* and return its outcome.
 

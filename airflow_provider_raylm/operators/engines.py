@@ -60,6 +60,8 @@ class DeployEngineOperator(DeferrableRayLMOperator):
         super().__init__(**kwargs)
         self.engine = renderable(EngineSpec, engine)
         self.replace = replace
+        if self.is_as_written:
+            _require_only(self)
 
     def command(self, context: Context) -> Command:
         """Return the deploy of the rendered spec."""
@@ -190,23 +192,43 @@ class SweepEnginesOperator(RayLMOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Sweep and return the SweepReport."""
         with no_retries_in_vain():
-            payload: dict[str, Any] = {"delete": [], "max_age": None, "installation": installation()}
-        listed = self.run_on_cluster(context, Command("sweep", payload)).result
-        over = [
-            engine.application
-            for engine in build(SweepReport, listed).engines
-            if not run_is_alive(context, engine.labels)
-        ]
-        max_age = self.max_age.total_seconds() if self.max_age is not None else None
-        swept = self.run_on_cluster(context, Command("sweep", {**payload, "delete": over, "max_age": max_age}))
-        report = build(SweepReport, swept.result)
+            report = self._sweep(context)
         self.log.info("%d engines found, %d deleted", len(report.engines), len(report.deleted))
         measure(context, {"engines_swept": len(report.deleted)}, {})
         return json_values(report)
+
+    def _sweep(self, context: Context) -> SweepReport:
+        payload: dict[str, Any] = {"delete": [], "max_age": None, "installation": installation()}
+        listed = build(SweepReport, self.run_on_cluster(context, Command("sweep", payload)).result)
+        over = [engine.application for engine in listed.engines if not run_is_alive(context, engine.labels)]
+        max_age = self.max_age.total_seconds() if self.max_age is not None else None
+        swept = self.run_on_cluster(context, Command("sweep", {**payload, "delete": over, "max_age": max_age}))
+        return build(SweepReport, swept.result)
 
 
 def _deployed_by(dag: DAG | None, first: Collection[str]) -> dict[str, Any]:
     """Return the name of the engine that each deploy task of a DAG deploys, *first* first; None where it is unknown."""
     deploys = [task for task in (dag.tasks if dag is not None else ()) if isinstance(task, DeployEngineOperator)]
     deploys.sort(key=lambda task: task.task_id not in first)
-    return {task.task_id: task.engine.get("name") if isinstance(task.engine, dict) else None for task in deploys}
+    return {task.task_id: _name_of(task) for task in deploys}
+
+
+def _name_of(deploy: DeployEngineOperator) -> Any:
+    """Return the name of the engine that a task deploys, as the DAG has it; None where it is unknown."""
+    return deploy.engine.get("name") if isinstance(deploy.engine, dict) else None
+
+
+def _require_only(deploy: DeployEngineOperator) -> None:
+    """Refuse a second engine of one name in a DAG: a run's engines are known by their names.
+
+    Raises:
+        SpecError: another task deploys one.
+    """
+    name = _name_of(deploy)
+    for task in deploy.dag.tasks:
+        is_other = isinstance(task, DeployEngineOperator) and task is not deploy
+        if is_other and name is not None and _name_of(task) == name:
+            raise SpecError(
+                f"{deploy.task_id}: {task.task_id} deploys an engine named {name!r} already. Both would be one engine, "
+                "which the first teardown takes from the other: give it another name, or share it."
+            )

@@ -104,21 +104,16 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
         self.storage_conn_id = storage_conn_id
         self.storage_options = check_options(storage_options or {})
         self._report: BatchReport | None = None
-        if self.has_dag() and not self._is_mapped_instance:  # type: ignore[no-untyped-call]
+        if self.is_as_written:
             require_own_outputs(self)
 
     def _renderable_batch(self, batch: Any) -> Any:
         """Return a batch as Airflow can render it; its assets become inlets and outlets unless there are some."""
-        if self.has_dag() and not self._is_mapped_instance:  # type: ignore[no-untyped-call]
+        if self.is_as_written:
             batch = read_prompts(batch, self.text_env())
         inlets, outlets = assets_of(batch)
         self.inlets, self.outlets = self.inlets or inlets, self.outlets or outlets
         return renderable(BatchSpec, batch)
-
-    @property
-    def _is_mapped_instance(self) -> bool:
-        """Whether this is one of those that a mapped task became: what it was given may be another task's."""
-        return self.dag.task_dict.get(self.task_id) is not self
 
     @property
     def gone_for_good(self) -> bool:

@@ -12,6 +12,7 @@ from airflow_provider_raylm.errors import EngineError, EngineGone, SpecError
 from airflow_provider_raylm.operators.raylm import (
     BatchInferenceOperator,
     DeployEngineOperator,
+    SweepEnginesOperator,
     TeardownEngineOperator,
     installation,
 )
@@ -136,6 +137,20 @@ def test_equal_names_in_two_groups_are_refused():
         one()
         with pytest.raises(SpecError, match=r"other.deploy_a: one.deploy_a deploys an engine named 'a' already"):
             other()
+
+
+@pytest.mark.parametrize("name", ["a", "{{ params.name }}"])
+def test_equal_names_of_engines_made_by_hand_are_refused(name):
+    """One template is one name."""
+    with DAG("hands", schedule=None, params={"name": "a"}):
+        engine = {"name": name, "model": "m"}
+        DeployEngineOperator(task_id="one", engine=engine)
+        DeployEngineOperator(task_id="third", engine={**engine, "name": "b"})
+        with pytest.raises(SpecError, match=r"other: one deploys an engine named .* already"):
+            DeployEngineOperator(task_id="other", engine=engine)
+        if name == "a":
+            with pytest.raises(SpecError, match=r"deploy_b: third deploys"), shared_engine("b", model="m"):
+                pass
 
 
 def test_each_instance_of_a_mapped_group_has_its_engine(airflow_db):
@@ -273,6 +288,17 @@ def test_a_teardown_by_name_goes_where_the_deploy_went(airflow_db, monkeypatch, 
     assert set(run(dag, fake).values()) == {"success"}
     assert dict(asked) == {"end_another": "another", "end_other": found}
     assert fake.engines == {}
+
+
+def test_a_sweep_that_fails_again_is_not_tried_again(airflow_db):
+    """Such as one that the cluster's version of this package does not know."""
+    with DAG("swept_again", schedule=None) as dag:
+        SweepEnginesOperator(task_id="sweep", retries=1, retry_delay=timedelta(0))
+    fake = FakeRayJobs()
+    fake.fail("sweep", SpecError("bad"))
+
+    assert run(dag, fake) == {"sweep": "failed"}
+    assert len(fake.submitted) == 1
 
 
 def test_an_airflow_without_a_name_deploys_and_sweeps_nothing(monkeypatch):
