@@ -7,6 +7,7 @@ says that is not honoured here is refused: a job would reach another storage, or
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from airflow.sdk import BaseHook, Connection
 
 from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.operators.templates import is_deferred
 
 Options = dict[str, Any]
 
@@ -46,11 +48,12 @@ def storage_of(conn_ids: str | Iterable[str], options: Mapping[str, Mapping[str,
     return found
 
 
-def check_options(options: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
-    """Return the options if a job can take them over.
+def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse options that a job cannot take over.
 
     Raises:
-        SpecError: they are not by protocol, or no JSON.
+        SpecError: they are not by protocol, no JSON, or have a Jinja template, which nobody renders: what is rendered,
+            Airflow shows.
     """
     if not isinstance(options, Mapping):
         raise SpecError(
@@ -58,16 +61,20 @@ def check_options(options: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapp
             "JSON text becomes one with json.loads"
         )
     for protocol, own in options.items():
-        if not isinstance(own, Mapping):
+        if not isinstance(own, Mapping) or not re.fullmatch("[a-z][a-z0-9+.-]*", str(protocol)):
             raise SpecError(
                 f"storage_options.{protocol}: expected a protocol with its options, such as "
                 '{"s3": {"endpoint_url": "https://..."}}'
             )
         try:
-            json.dumps(dict(own))
+            text = json.dumps(dict(own))
         except TypeError:
             raise SpecError(f"storage_options.{protocol}: only JSON values travel to the cluster") from None
-    return options
+        if is_deferred(text):
+            raise SpecError(
+                f"storage_options.{protocol}: it has a Jinja template, and is not rendered, because Airflow shows what "
+                "is. Name a connection (storage_conn_id), which a template may choose."
+            )
 
 
 def _aws(connection: Connection) -> Options:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from airflow.sdk import TriggerRule
 from airflow.sdk.definitions.mappedoperator import MappedOperator
 
+from airflow_provider_raylm.credentials import check_options
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.operators.base import RayLMOperator
-from airflow_provider_raylm.operators.places import plain
+from airflow_provider_raylm.operators.places import connections_of, plain
 from airflow_provider_raylm.operators.rendering import PROMPT_FILE, without_files
 from airflow_provider_raylm.operators.templates import is_deferred, require_templates
 from airflow_provider_raylm.specs import BatchSpec, EngineSpec, EngineTask, SpecT, Step, check_unrendered
@@ -35,9 +36,24 @@ def renderable(spec: type[SpecT], value: Any) -> Any:
     if isinstance(value, spec):
         value = value.model_dump(mode="json", exclude_unset=True)
     known = without_files(plain(value))
+    _require_no_connections(spec, value)
     check_unrendered(spec, known, is_deferred)
     require_templates(spec.__name__, known)
     return value
+
+
+def _require_no_connections(spec: type[SpecT], value: Any) -> None:
+    """Refuse paths that name a connection where only tasks have connections: an engine's place of its model.
+
+    Raises:
+        SpecError: there is one.
+    """
+    named = connections_of(value, None) if spec is not BatchSpec else []
+    if named:
+        raise SpecError(
+            f"{spec.__name__}: a path names the connection {named[0]!r}, which is handed to inference tasks alone. "
+            "Leave it out, and give the cluster's nodes an identity, or the engine its credentials by secret_env."
+        )
 
 
 def require_name(engine: str) -> None:
@@ -89,6 +105,21 @@ def require_kinds(batch: object, engine: object) -> None:
         for kind in Step.kinds if isinstance(step, Mapping) else []:
             if step.get(kind) is not None:
                 require_kind(kind, loaded)
+
+
+def require_storage(conn_ids: object, options: Any) -> None:
+    """Refuse connections and options for the storage that a job cannot take over, as far as they are known.
+
+    Args:
+        conn_ids: see ``connections_of``.
+        options: of fsspec's file systems, by protocol; or None.
+
+    Raises:
+        SpecError: it cannot.
+    """
+    if not is_deferred(conn_ids):
+        connections_of(None, conn_ids)
+    check_options(options or {})
 
 
 def require_own_outputs(task: Task) -> None:

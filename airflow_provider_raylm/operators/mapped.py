@@ -14,10 +14,11 @@ from airflow_provider_raylm.operators.checks import (
     renderable,
     require_kinds,
     require_own_outputs,
+    require_storage,
 )
 from airflow_provider_raylm.operators.places import assets_of
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
-from airflow_provider_raylm.specs import BatchSpec, with_new_names
+from airflow_provider_raylm.specs import BatchSpec, RuntimeEnv, with_new_names
 
 if TYPE_CHECKING:
     from airflow.sdk import XComArg
@@ -64,6 +65,8 @@ class PartialInference:
         inlets, outlets = assets_of(batch)
         given = {"inlets": inlets or None, "outlets": outlets or None}
         arguments = {**{name: one for name, one in given.items() if one}, **arguments}
+        require_storage(arguments.get("storage_conn_id"), arguments.get("storage_options"))
+        renderable(RuntimeEnv, arguments.get("runtime_env"))
         self._partial = MappedFieldsOperator.partial(task_id=task_id, batch=dict(batch), **arguments)
 
     def expand(self, **mapped: Any) -> MappedOperator:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from airflow.sdk import Asset, ObjectStoragePath
 
 from airflow_provider_raylm.errors import SpecError
-from airflow_provider_raylm.specs import Value
+from airflow_provider_raylm.specs import Value, read_json_text
 
 
 def plain(value: Any) -> Any:
     """Return *value* as a spec takes it: assets and paths as the text of a place, specs as dicts.
 
     Raises:
-        SpecError: an asset has no place.
+        SpecError: an asset has no place, or a path has options of its own.
     """
     if isinstance(value, Value):
         # One that came through XCom has all fields set.
@@ -26,8 +26,7 @@ def plain(value: Any) -> Any:
             raise SpecError(f"The asset {value.name!r} names no place: give it the uri of its folder or file.")
         return value.uri
     if isinstance(value, ObjectStoragePath):
-        # Without its connection, which `connections_of` tells.
-        return f"{value.protocol}://{value.path}" if _connection_of(value) else str(value)
+        return _place(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
@@ -37,13 +36,41 @@ def plain(value: Any) -> Any:
     return value
 
 
-def connections_of(batch: Any, conn_ids: str | Sequence[str] | None) -> list[str]:
-    """Return the connections to storage: those given, and those that paths in a dict of BatchSpec's fields name."""
-    given = [conn_ids] if isinstance(conn_ids, str) else [*(conn_ids or ())]
-    fields = batch.values() if isinstance(batch, Mapping) else ()
-    places = [one for value in fields for one in (value if isinstance(value, list | tuple) else [value])]
-    named = [_connection_of(one) for one in places if isinstance(one, ObjectStoragePath)]
+def connections_of(fields: Any, conn_ids: Any) -> list[str]:
+    """Return the connections to storage: those given, and those that paths in a spec's fields name.
+
+    Args:
+        fields: a spec's, or part of them.
+        conn_ids: None, an id, a list of them, or the JSON text of these.
+
+    Raises:
+        SpecError: *conn_ids* is something else.
+    """
+    given = read_json_text(conn_ids)
+    given = [given] if isinstance(given, str) else [] if given is None else given
+    if not isinstance(given, list | tuple) or not all(isinstance(one, str) and one for one in given):
+        raise SpecError(f"storage_conn_id: expected the id of a connection, or a list of them, got {conn_ids!r}")
+    named = [_connection_of(path) for path in _paths_in(fields)]
     return list(dict.fromkeys([*given, *filter(None, named)]))
+
+
+def _paths_in(value: Any) -> Iterator[ObjectStoragePath]:
+    if isinstance(value, ObjectStoragePath):
+        yield value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for one in parts:
+        yield from _paths_in(one)
+
+
+def _place(path: ObjectStoragePath) -> str:
+    """Return a path without its connection, which ``connections_of`` tells."""
+    own = sorted({*path.storage_options} - {"conn_id"})
+    if own:
+        raise SpecError(
+            f"The path {path} has options of its own ({', '.join(own)}): give them to the task, as "
+            f"storage_options={{{path.protocol!r}: ...}}, or name a connection in the path's place."
+        )
+    return f"{path.protocol}://{path.path}" if _connection_of(path) else str(path)
 
 
 def _connection_of(path: ObjectStoragePath) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import XComArg
 
-from airflow_provider_raylm.credentials import check_options, storage_of
+from airflow_provider_raylm.credentials import storage_of
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.links.raylm import OutputLink, RayJobLink, ServeApplicationLink
@@ -24,7 +24,13 @@ from airflow_provider_raylm.operators.base import (
     json_values,
     no_retries_in_vain,
 )
-from airflow_provider_raylm.operators.checks import renderable, require_kinds, require_own_outputs, require_rule
+from airflow_provider_raylm.operators.checks import (
+    renderable,
+    require_kinds,
+    require_own_outputs,
+    require_rule,
+    require_storage,
+)
 from airflow_provider_raylm.operators.engines import (
     DeployEngineOperator,
     SweepEnginesOperator,
@@ -76,7 +82,7 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
         storage_conn_id: ids of Airflow connections (aws, google_cloud_platform, wasb, adls) to the storage of source
             and output, one for each kind. None: the cluster's own identity.
         storage_options: options of fsspec's file systems, by protocol: ``{"s3": {"endpoint_url": ...}}``; they go over
-            what the connections say, and like them are told to the job alone.
+            what the connections say, and like them are told to the job alone. They are not rendered.
     """
 
     template_fields: Collection[str] = ("engine", "batch", "redeploy", "runtime_env", "storage_conn_id")
@@ -101,8 +107,9 @@ class BatchInferenceOperator(DeferrableRayLMOperator):
         require_kinds(self.batch, engine)
         self.redeploy = renderable(EngineSpec, redeploy)
         self.runtime_env = renderable(RuntimeEnv, runtime_env)
+        require_storage(storage_conn_id, storage_options)
         self.storage_conn_id = storage_conn_id
-        self.storage_options = check_options(storage_options or {})
+        self.storage_options = storage_options or {}
         self._report: BatchReport | None = None
         if self.is_as_written:
             require_own_outputs(self)

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from airflow.sdk import DAG
+from airflow.sdk import DAG, ObjectStoragePath
 
 from airflow_provider_raylm.authoring import shared_engine
 from airflow_provider_raylm.credentials import storage_of
 from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.operators.raylm import DeployEngineOperator
 from airflow_provider_raylm.testing import FakeRayJobs
 from airflow_provider_raylm.wire import handed, taken
 from tests.unit.test_authoring import run
@@ -128,28 +129,60 @@ def test_tasks_hand_them_to_their_own_jobs(airflow_db, connect):
     """And to nobody else: not to the engine's, and not in what they say of themselves."""
     connect("store", **AWS)
     fake = FakeRayJobs()
-    with DAG("handed", schedule=None) as dag:
+    with DAG("handed", schedule=None, params={"conns": ["store"], "none": None}) as dag:
         with shared_engine("e", model="m", storage_conn_id="{{ 'store' }}") as engine:
             engine.infer("one", output="s3://out/one", **BATCH)
             engine.infer("two", output="s3://out/two", storage_options={"s3": {"anon": True}}, **BATCH)
             engine.infer("none", output="s3://out/none", storage_conn_id=(), **BATCH)
+            engine.infer("text", output="s3://out/t", storage_conn_id="{{ params.conns | tojson }}", **BATCH)
+            engine.infer("null", output="s3://out/n", storage_conn_id="{{ params.none | tojson }}", **BATCH)
     assert set(run(dag, fake).values()) == {"success"}
     seen = {request.metadata["task_id"]: request.storage.get("s3") for request in fake.submitted}
 
     own = {"key": "AKIA", "secret": "s3cr3t"}
-    assert seen == {"deploy_e": None, "one": own, "two": {**own, "anon": True}, "none": None, "teardown_e": None}
+    assert {name: seen[name] for name in ("one", "two", "text")} == {
+        "one": own,
+        "two": {**own, "anon": True},
+        "text": own,
+    }
+    assert [seen[name] for name in ("deploy_e", "none", "null", "teardown_e")] == [None] * 4
     assert not any("s3cr3t" in request.wire() + repr(request) for request in fake.submitted)
 
 
-def test_options_that_cannot_travel():
-    """When the DAG is parsed."""
+@pytest.mark.parametrize(
+    ("storage", "words"),
+    [
+        ({"storage_options": {"key": "AKIA"}}, r"storage_options\.key: expected a protocol with its options"),
+        ({"storage_options": {"s3://": {"anon": True}}}, r"storage_options\.s3://: expected a protocol with its"),
+        ({"storage_options": {"s3": {"session": object()}}}, r"storage_options\.s3: only JSON values"),
+        ({"storage_options": '{"s3": {}}'}, r"storage_options: expected a dict of .* got str; .*json\.loads"),
+        ({"storage_options": "{{ params.o }}"}, r"storage_options: expected a dict"),
+        (
+            {"storage_options": {"s3": {"key": "{{ conn.store.login }}", "token": None}}},
+            r"storage_options\.s3: it has a Jinja template, and is not rendered.*storage_conn_id",
+        ),
+        ({"storage_conn_id": {"s3": "store"}}, r"storage_conn_id: expected the id of a connection, or a list of them"),
+        ({"storage_conn_id": ""}, r"storage_conn_id: expected the id of a connection"),
+        ({"storage_conn_id": '["a", 1]'}, r"storage_conn_id: expected the id of a connection"),
+        ({"source": ObjectStoragePath("s3://in", anon=True)}, r"The path s3://in/? has options of its own \(anon\)"),
+    ],
+)
+def test_what_a_job_cannot_take_over_is_refused(storage, words):
+    """When the DAG is parsed, of a mapped task, too."""
+    fields = {"prompt": "${text}", "source": "s3://in", **storage}
     with DAG("d", schedule=None), shared_engine("e", model="m") as engine:
-        with pytest.raises(SpecError, match=r"storage_options\.key: expected a protocol with its options"):
-            engine.infer("a", output="s3://out/a", storage_options={"key": "AKIA"}, **BATCH)
-        with pytest.raises(SpecError, match=r"storage_options\.s3: only JSON values"):
-            engine.infer("b", output="s3://out/b", storage_options={"s3": {"session": object()}}, **BATCH)
-        with pytest.raises(SpecError, match=r"storage_options: expected a dict of protocols .* got str; .*json\.loads"):
-            engine.infer("c", output="s3://out/c", storage_options='{"s3": {"anon": true}}', **BATCH)
+        with pytest.raises(SpecError, match=words):
+            engine.infer("a", output="s3://out/a", **fields)
+        with pytest.raises(SpecError, match=words):
+            engine.infer.partial("b", **fields).expand(output=["s3://out/b"])
+
+
+def test_a_path_of_an_engine_names_no_connection():
+    """It would be handed to nobody."""
+    model = ObjectStoragePath("s3://store@models/m")
+    with DAG("d", schedule=None):
+        with pytest.raises(SpecError, match=r"EngineSpec: a path names the connection 'store', .*secret_env"):
+            DeployEngineOperator(task_id="deploy", engine={"name": "e", "model": model})
 
 
 def test_what_is_handed_over_arrives():
