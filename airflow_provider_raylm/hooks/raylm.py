@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Annotated, Any
 
+import httpx
 from airflow.sdk import BaseHook
 from pydantic import BeforeValidator, Field
 
 from airflow_provider_raylm import local
+from airflow_provider_raylm.credentials import said_in_extra
 from airflow_provider_raylm.errors import ClusterError
 from airflow_provider_raylm.ray_jobs import RayJobs, RayJobsClient
 from airflow_provider_raylm.specs import RuntimeEnv, Value, build
@@ -18,6 +21,9 @@ DEFAULT_PORT = 8265
 # Of what stands in front of a dashboard, and ends TLS.
 DEFAULT_TLS_PORT = 443
 LOCAL_HOST = "local"
+_LAST_PORT = 65535
+# A name's parts have up to 63 characters, of any script; an address of IPv6 stands in brackets.
+_ADDRESS = re.compile(r"https?://(\[[^\]]+\]|[\w-]{1,63}(\.[\w-]{1,63})*\.?):(?P<port>[0-9]{1,5})(/[^?#\s]*)?")
 
 
 class Extra(Value):
@@ -113,10 +119,10 @@ def extra_of(connection: Any) -> Extra:
     """Return what a connection's extra says.
 
     Raises:
-        SpecError: it has an unknown or bad field.
+        SpecError: it has an unknown or bad field, or is no object.
     """
     # The form stores a field that was left empty as null.
-    return build(Extra, {name: value for name, value in connection.extra_dejson.items() if value is not None})
+    return build(Extra, {name: value for name, value in said_in_extra(connection).items() if value is not None})
 
 
 def client_of(connection: Any, *, start_local: bool = True, timeout: float | None = None) -> RayJobsClient:
@@ -160,20 +166,34 @@ def _address(connection: Any) -> str:
             f"The connection {connection.conn_id!r} has no host. Set it to the address of the Ray dashboard, or to "
             f"{LOCAL_HOST!r} for a cluster on this machine."
         )
-    given, _, rest = connection.host.rpartition("://")
+    given, _, rest = connection.host.strip().rpartition("://")
     host, _, path = rest.partition("/")
     # An address of IPv6 alone has no port; with one it stands in brackets.
     bare = host.count(":") > 1 and not host.startswith("[")
     name, port = (host, "") if bare or host.endswith("]") else _without_port(host)
-    scheme = _only(connection, "schema", connection.schema, given) or "http"
+    scheme = _only(connection, "schema", (connection.schema or "").lower(), given.lower()) or "http"
     if scheme not in ("http", "https"):
         raise ClusterError(f"The connection {connection.conn_id!r} has schema {scheme!r}; use http or https.")
     known = _only(connection, "port", str(connection.port or ""), port)
-    if not name or (known and not known.isdecimal()):
-        raise ClusterError(f"The connection {connection.conn_id!r} has host {connection.host!r}, which is no address.")
     default = DEFAULT_TLS_PORT if scheme == "https" else DEFAULT_PORT
     address = f"{scheme}://{f'[{name}]' if bare else name}:{known or default}"
-    return f"{address}/{path.strip('/')}" if path.strip("/") else address
+    address = f"{address}/{path.strip('/')}" if path.strip("/") else address
+    if not _is_address(address):
+        # What stands before an @ is somebody's password.
+        shown = connection.host.rpartition("@")[2]
+        raise ClusterError(f"The connection {connection.conn_id!r} has host {shown!r}, which is no address.")
+    return address
+
+
+def _is_address(url: str) -> bool:
+    """Return whether a request can be made of it: its own failure would be none of this package's errors."""
+    matched = _ADDRESS.fullmatch(url)
+    try:
+        # It reads addresses of IP, too.
+        httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return matched is not None and int(matched["port"]) <= _LAST_PORT
 
 
 def _without_port(host: str) -> tuple[str, str]:

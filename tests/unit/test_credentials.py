@@ -1,6 +1,7 @@
 """Credentials for the storage: from Airflow's connections to fsspec's options, and to the job."""
 
 import json
+import sys
 
 import pytest
 from airflow.sdk import DAG, ObjectStoragePath
@@ -24,6 +25,7 @@ def connect(monkeypatch):
 
 
 AWS = {"conn_type": "aws", "login": "AKIA", "password": "s3cr3t"}
+GOOGLE = {"conn_type": "google_cloud_platform"}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,12 @@ AWS = {"conn_type": "aws", "login": "AKIA", "password": "s3cr3t"}
             },
         ),
         (
-            {"conn_type": "google_cloud_platform", "extra": {"project": "p", "keyfile_dict": '{"private_key": "k"}'}},
+            {**AWS, "extra": {"endpoint_url": "http://minio:9000"}},
+            "s3 s3a",
+            {"key": "AKIA", "secret": "s3cr3t", "endpoint_url": "http://minio:9000"},
+        ),
+        (
+            {**GOOGLE, "extra": {"project": "p", "keyfile_dict": '{"private_key": "k"}'}},
             "gs gcs",
             {"project": "p", "token": {"private_key": "k"}},
         ),
@@ -101,7 +108,21 @@ def test_options_go_over_a_connection(connect):
     [
         ({"conn_type": "ssh"}, "'store' is a connection of type 'ssh'; those to storage are aws, google_cloud"),
         ({**AWS, "extra": {"role_arn": "r"}}, r"'store': extra\.role_arn is not honoured; known are aws_session_token"),
+        (
+            {**AWS, "extra": {"external_id": "x", "role_arn": "r"}},
+            r"extra\.role_arn is not .* Leave storage_conn_id out",
+        ),
         ({**AWS, "extra": {"service_config": {"sts": {}}}}, r"extra\.service_config\.sts is not honoured"),
+        ({**AWS, "extra": {"service_config": "{}"}}, r"extra\.service_config: expected an object"),
+        ({**AWS, "extra": {"host": "http://minio:9000"}}, r"extra\.host is not .* Name .* in extra\.endpoint_url"),
+        ({**AWS, "host": "http://minio:9000"}, r"'store': host is not honoured\. Name .* in extra\.endpoint_url"),
+        ({**AWS, "login": ""}, r"'store': give login and password"),
+        ({**AWS, "extra": "{s3cr3t"}, r"The connection 'store': its extra is not the JSON text of an object"),
+        ({**AWS, "extra": '["s3cr3t"]'}, r"The connection 'store': its extra is not the JSON text of an object"),
+        ({**GOOGLE, "extra": {"keyfile_dict": "s3cr3t"}}, r"'store': extra\.keyfile_dict: expected the JSON text of"),
+        ({**GOOGLE, "extra": {"keyfile_dict": "{s3cr3t"}}, r"'store': extra\.keyfile_dict: expected the JSON text of"),
+        ({**GOOGLE, "extra": {"key_path": sys.executable}}, r"'store': extra\.key_path: expected the JSON text of"),
+        ({"conn_type": "wasb", "host": "http://azurite:10000/dev"}, r"host 'http://azurite.* extra\.connection_string"),
         ({"conn_type": "google_cloud_platform", "extra": {"key_path": "/none"}}, r"extra\.key_path: .*No such file"),
         ({"conn_type": "wasb", "extra": {"workload_identity_tenant_id": "x"}}, "workload_identity_tenant_id is not"),
     ],

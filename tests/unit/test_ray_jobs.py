@@ -295,6 +295,7 @@ def test_a_connection_that_cannot_work(monkeypatch):
         ({"host": "[fd00::7]:9000"}, "http://[fd00::7]:9000"),
         ({"host": "[fd00::7]"}, "http://[fd00::7]:8265"),
         ({"host": "https://[fd00::7]/ray"}, "https://[fd00::7]:443/ray"),
+        ({"host": " HTTPS://Ray_Head.example. ", "schema": "HTTPS"}, "https://Ray_Head.example.:443"),
     ],
 )
 def test_a_host_may_be_written_in_many_ways(monkeypatch, fields, url):
@@ -310,12 +311,28 @@ def test_a_host_may_be_written_in_many_ways(monkeypatch, fields, url):
         ({"host": "h:1", "port": 2}, "has port 2, and 1 in its host"),
         ({"host": "ftp://h"}, "has schema 'ftp'; use http or https"),
         ({"host": "h:ray"}, "which is no address"),
-        ({"host": "https://"}, "which is no address"),
+        *(
+            ({"host": host}, "which is no address")
+            for host in (
+                "https://",
+                "h..x",
+                ".h",
+                "[fd00::zz]",
+                "fd00::zz",
+                "1.2.3.400",
+                "h:99999",
+                "a b",
+                "h?x=1",
+                "h#x",
+            )
+        ),
+        ({"host": "someone:hidden@h:80"}, "has host 'h:80', which is no address"),
+        ({"host": "h", "extra": "{verify"}, "its extra is not the JSON text of an object"),
     ],
 )
 def test_what_a_host_cannot_be(monkeypatch, fields, words):
     """One thing is said once."""
-    with pytest.raises(ClusterError, match=words):
+    with pytest.raises((ClusterError, SpecError), match=words):
         connection(monkeypatch, json.dumps({"conn_type": "raylm", **fields})).get_conn()
 
 
