@@ -165,10 +165,12 @@ def _listed(values: object) -> Sequence[Any]:
 
 def _merged(common: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a mapped task's BatchSpec is made of, of what all have in common and of an instance's arguments."""
-    if "batch" in arguments and not isinstance(arguments["batch"], Mapping):
+    batch = arguments.get("batch") or {}
+    batch = plain(batch) if isinstance(batch, BatchSpec) else batch
+    if not isinstance(batch, Mapping):
         return {**dict.fromkeys(FIELDS), **common}
     own = {name: one for name, one in arguments.items() if name in FIELDS}
-    return {**common, **(arguments.get("batch") or {}), **(arguments.get("fields") or {}), **own}
+    return {**common, **batch, **(arguments.get("fields") or {}), **own}
 
 
 def known_output(batch: Any) -> str | None:

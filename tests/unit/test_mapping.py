@@ -6,6 +6,7 @@ from airflow.sdk import DAG, Asset, literal, task
 from airflow_provider_raylm.authoring import shared_engine
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
+from airflow_provider_raylm.specs import BatchSpec
 from airflow_provider_raylm.testing import FakeRayJobs
 from tests.unit.test_authoring import before, run
 
@@ -117,6 +118,18 @@ def test_two_tasks_of_one_output_are_refused_though_one_is_mapped():
             BatchInferenceOperator.partial(task_id="mapped", engine=engine.ref).expand(batch=[batch])
 
     with pytest.raises(SpecError, match=r"output: s3://out/x is the output of plain, too"):
+        parse()
+
+
+def test_specs_of_one_output_are_refused_where_they_are_mapped():
+    """As objects, too."""
+
+    def parse():
+        with DAG("objects_of_one_output", schedule=None), shared_engine("a", model="m") as engine:
+            specs = [BatchSpec(source=f"s3://in/{one}", prompt="x", output="s3://out/x") for one in "ab"]
+            BatchInferenceOperator.partial(task_id="mapped", engine=engine.ref).expand(batch=specs)
+
+    with pytest.raises(SpecError, match=r"output: s3://out/x is the output of another task that mapped is mapped to"):
         parse()
 
 
