@@ -45,15 +45,13 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
         self,
         *,
         python_callable: Callable[..., Any],
-        batch: Mapping[str, Any] | None = None,
+        batch: BatchSpec | Mapping[str, Any] | None = None,
         render_returned: bool = False,
         **kwargs: Any,
     ) -> None:
         # The function may return any field.
         unknown: dict[str, Any] = dict.fromkeys(FIELDS)
-        super().__init__(
-            python_callable=python_callable, batch={**unknown, **with_new_names(BatchSpec, batch or {})}, **kwargs
-        )
+        super().__init__(python_callable=python_callable, batch={**unknown, **_fields_of(batch or {})}, **kwargs)
         self.batch = {name: one for name, one in self.batch.items() if one is not None}
         self.render_returned = render_returned
 
@@ -66,16 +64,15 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
         context_merge(context, self.op_kwargs)
         kwargs = determine_kwargs(self.python_callable, self.op_args, context)
         returned = self.python_callable(*self.op_args, **kwargs)
-        if isinstance(returned, BatchSpec):
-            returned = returned.model_dump(mode="json", exclude_unset=True)
-        if not isinstance(returned, Mapping):
+        if not isinstance(returned, BatchSpec | Mapping):
             raise SpecError(
                 f"@task.raylm: {self.task_id} returned {type(returned).__name__}, not a BatchSpec or a dict"
             )
+        fields = _fields_of(returned)
         # Airflow has rendered the fields of `batch`; rendered again, what a run's conf put there would be a template.
         if self.render_returned:
-            returned = self.render_template(returned, context, self.text_env())
-        self.batch = {**self.batch, **with_new_names(BatchSpec, returned)}
+            fields = self.render_template(fields, context, self.text_env())
+        self.batch = {**self.batch, **fields}
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Call the function, then do as BatchInferenceOperator.
@@ -87,6 +84,22 @@ class RayLMDecoratedOperator(DecoratedOperator, BatchInferenceOperator):
             self.settle(context)
         result: dict[str, Any] = super().execute(context)
         return result
+
+
+def _fields_of(batch: Any) -> Mapping[str, Any]:
+    """Return fields of a BatchSpec, by today's names.
+
+    Raises:
+        SpecError: *batch* is neither a BatchSpec nor a dict.
+    """
+    if isinstance(batch, BatchSpec):
+        batch = batch.model_dump(mode="json", exclude_unset=True)
+    if not isinstance(batch, Mapping):
+        raise SpecError(
+            f"@task.raylm: batch: expected a dict of BatchSpec's fields, got {type(batch).__name__}. What another task "
+            "returns is taken as an argument of the function, which returns it."
+        )
+    return with_new_names(BatchSpec, batch)
 
 
 def raylm_task(python_callable: Callable[..., Any] | None = None, **kwargs: Any) -> TaskDecorator:

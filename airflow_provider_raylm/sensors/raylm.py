@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,11 @@ from airflow.sdk import BaseSensorOperator, PokeReturnValue
 from airflow_provider_raylm.compat import conf
 from airflow_provider_raylm.errors import from_wire
 from airflow_provider_raylm.hooks.raylm import RayLMHook
+from airflow_provider_raylm.operators.base import no_retries_in_vain
+from airflow_provider_raylm.operators.checks import require_name
 from airflow_provider_raylm.operators.owners import installation
 from airflow_provider_raylm.operators.rendering import RendersText
+from airflow_provider_raylm.operators.templates import is_deferred
 from airflow_provider_raylm.polling import Unreachable
 from airflow_provider_raylm.specs import EngineQuery, EngineRef, build
 from airflow_provider_raylm.triggers.raylm import EngineTrigger
@@ -35,6 +39,9 @@ class EngineSensor(RendersText, BaseSensorOperator):
         owner_installation: the Airflow that deployed it; None for this one.
         raylm_conn_id: connection to the Ray cluster.
         deferrable: wait in the triggerer. Default: ``[operators] default_deferrable``.
+
+    Raises:
+        SpecError: no engine can have that name.
     """
 
     template_fields = ("engine", "owner_dag_id", "owner_run_id", "owner_installation")
@@ -52,6 +59,8 @@ class EngineSensor(RendersText, BaseSensorOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if not is_deferred(engine):
+            _require_label(engine)
         self.engine = engine
         self.owner_dag_id = owner_dag_id
         self.owner_run_id = owner_run_id
@@ -70,7 +79,17 @@ class EngineSensor(RendersText, BaseSensorOperator):
         )
 
     def execute(self, context: Context) -> Any:
-        """Wait, and return the EngineRef as JSON values."""
+        """Wait, and return the EngineRef as JSON values.
+
+        Raises:
+            SpecError: no engine can have that name.
+            ClusterError: the dashboard refuses to answer.
+        """
+        with no_retries_in_vain():
+            _require_label(self.engine)
+            return self._wait(context)
+
+    def _wait(self, context: Context) -> Any:
         if not self.deferrable:
             return super().execute(context)
         found = self.poke(context)
@@ -99,10 +118,16 @@ class EngineSensor(RendersText, BaseSensorOperator):
         Raises:
             ClusterError: the dashboard refuses to answer.
         """
-        if "error" in event:
-            raise from_wire(event["error"])
-        return self._told(build(EngineRef, event["engine"]))
+        with no_retries_in_vain():
+            if "error" in event:
+                raise from_wire(event["error"])
+            return self._told(build(EngineRef, event["engine"]))
 
     def _told(self, ref: EngineRef) -> dict[str, Any]:
         self.log.info("found %s of %s, run %s", ref.application, ref.labels.dag_id, ref.labels.run_id)
         return ref.model_dump(mode="json")
+
+
+def _require_label(engine: str) -> None:
+    """Refuse what no engine is called: a name, or that of a mapped task group's instance, such as ``a[0]``."""
+    require_name(re.sub(r"\[\d+\]$", "", engine) if isinstance(engine, str) else engine)

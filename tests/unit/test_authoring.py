@@ -400,6 +400,30 @@ def test_what_a_function_returns_wrongly_is_not_tried_again(airflow_db, returned
     assert len(calls) == 1
 
 
+def test_the_fields_of_a_function_are_a_dict_or_a_spec():
+    """What another task returns comes as an argument of the function."""
+    with DAG("fields", schedule=None), shared_engine("a", model="m") as engine:
+
+        @task
+        def other():
+            return BATCH
+
+        for batch in (other(), "{{ params.batch }}"):
+
+            @engine.task(batch=batch)
+            def refused():
+                return {}
+
+            with pytest.raises(SpecError, match=r"batch: expected a dict .* as an argument of the function"):
+                refused()
+
+        @engine.task(batch=BatchSpec(**BATCH))
+        def taken():
+            return {"limit": 1}
+
+        assert taken().operator.batch == BATCH
+
+
 @pytest.mark.parametrize("deferrable", [False, True])
 @pytest.mark.parametrize(
     ("error", "redeploy", "attempts"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from airflow_provider_raylm.compat import AirflowFailException
 from airflow_provider_raylm.errors import ClusterError, SpecError
 from airflow_provider_raylm.operators.raylm import TeardownEngineOperator, installation
 from airflow_provider_raylm.polling import Unreachable
@@ -35,7 +36,7 @@ def fake():
 
 def deploy(fake, run_id, dag_id, engine="shared", installation=HERE):
     labels = {"installation": installation, "dag_id": dag_id, "run_id": run_id, "engine": engine}
-    payload = {"engine": {"name": engine, "model": "m"}, "labels": labels, "replace": False}
+    payload = {"engine": {"name": engine.partition("[")[0], "model": "m"}, "labels": labels, "replace": False}
     assert fake.submit(JobRequest(run_id, "deploy", payload))
 
 
@@ -78,6 +79,21 @@ def test_a_dashboard_that_does_not_answer_is_waited_for(fake, monkeypatch):
 
     monkeypatch.setattr(fake, "running_engines", running_engines)
     assert not poke(fake).is_done
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+def test_a_name_that_no_engine_has_is_not_waited_for(fake, deferrable):
+    """Nor tried again; one of a mapped group's instances is one."""
+    deploy(fake, "mapped", "nightly", engine="e[0]")
+    with pytest.raises(SpecError, match=r"EngineSpec\.name"):
+        EngineSensor(task_id="find", engine="not a name")
+    sensor = EngineSensor(task_id="find", engine="{{ params.engine }}", deferrable=deferrable)
+    sensor.engine = "not a name"
+    with fake.installed():
+        with pytest.raises(AirflowFailException, match=r"EngineSpec\.name"):
+            sensor.execute({})
+        found = EngineSensor(task_id="mapped", engine="e[0]", deferrable=deferrable).execute({})
+    assert found["labels"]["engine"] == "e[0]"
 
 
 def test_it_waits_without_a_worker(fake):
