@@ -225,9 +225,8 @@ def _require_only(deploy: DeployEngineOperator) -> None:
         SpecError: another task deploys one.
     """
     name = _name_of(deploy)
-    for task in deploy.dag.tasks:
-        is_other = isinstance(task, DeployEngineOperator) and task is not deploy
-        if is_other and name is not None and _name_of(task) == name:
+    for task in deploy.dag.tasks if name is not None else ():
+        if isinstance(task, DeployEngineOperator) and task is not deploy and _name_of(task) == name:
             raise SpecError(
                 f"{deploy.task_id}: {task.task_id} deploys an engine named {name!r} already. Both would be one engine, "
                 "which the first teardown takes from the other: give it another name, or share it."
