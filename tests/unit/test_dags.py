@@ -4,7 +4,8 @@ import pytest
 from airflow.utils.session import create_session
 
 from airflow_provider_raylm.errors import EngineError
-from airflow_provider_raylm.operators.raylm import installation
+from airflow_provider_raylm.operators.base import RayLMOperator
+from airflow_provider_raylm.operators.raylm import BatchInferenceOperator, DeployEngineOperator, installation
 from airflow_provider_raylm.ray_jobs import JobRequest
 from airflow_provider_raylm.testing import FakeRayJobs
 from tests.airflows import AIRFLOW, clear_task_instances
@@ -85,6 +86,36 @@ def test_airflow_tells_a_cleared_task_from_a_retried_one(dagbag, over):
         label = [ti for ti in dag_run.get_task_instances(session=session) if ti.task_id == "label"]
         clear_task_instances(label, session)
         assert dag_run.clear_number == (1 if over or AIRFLOW >= (3, 2) else 0)
+
+
+def test_data_is_prepared_before_an_engine_is_paid_for(dagbag):
+    """Whatever has to be there for an inference task is there before its engine is deployed."""
+    prepared = set()
+    for dag in dagbag.dags.values():
+        for deploy in (task for task in dag.tasks if isinstance(task, DeployEngineOperator)):
+            users = [task for task in deploy.get_flat_relatives(upstream=False) if is_ours(task)]
+            needed = {one for task in users for one in task.get_flat_relatives(upstream=True) if not is_ours(one)}
+            # What works on answers is no preparation.
+            needed = {
+                one.task_id for one in needed if not any(map(is_inference, one.get_flat_relatives(upstream=True)))
+            }
+            before = {one.task_id for one in deploy.get_flat_relatives(upstream=True)}
+            assert needed <= before, dag.dag_id
+            prepared |= {dag.dag_id} if needed else set()
+
+    assert {"raylm_partitions", "raylm_partition_groups"} <= prepared
+
+
+def class_of(task):
+    return getattr(task, "operator_class", type(task))
+
+
+def is_ours(task):
+    return issubclass(class_of(task), RayLMOperator)
+
+
+def is_inference(task):
+    return issubclass(class_of(task), BatchInferenceOperator)
 
 
 def test_links_lead_to_job_engine_and_output(dagbag):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -133,3 +134,26 @@ def test_airflow_finds_the_provider():
 def test_what_a_reader_looks_for_is_there(name):
     """At the top."""
     assert (REPOSITORY / name).stat().st_size > 200
+
+
+def test_what_is_declared_is_what_is_tested():
+    """The Pythons and Airflows of the package's metadata are those of `make compat`, and the README names them."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    makefile = (REPOSITORY / "Makefile").read_text()
+    (airflows,) = re.findall(r"^AIRFLOWS := (.*)$", makefile, re.M)
+    releases = [release.rpartition(".")[0] for release in airflows.split()]
+    pythons = set()
+    for release in airflows.split():
+        (python,) = re.findall(rf"^PYTHON_{re.escape(release)} := (.*)$", makefile, re.M)
+        # Before what it runs on where there is no such Python.
+        pythons |= {*re.findall(r"/(3\.\d+)\.\*/", python)} or {*re.findall(r"^PYTHON \?= python(.*)$", makefile, re.M)}
+
+    classified = {name.rpartition(" ")[2] for name in project["classifiers"] if "Python :: 3." in name}
+    assert classified == pythons
+    assert project["requires-python"] == f">={min(pythons, key=numbers)}"
+    assert f"apache-airflow>={min(releases, key=numbers)},<4" in project["dependencies"]
+    assert f"on Airflow {', '.join(releases[:-1])} and {releases[-1]} |" in (REPOSITORY / "README.md").read_text()
+
+
+def numbers(version):
+    return [int(part) for part in version.split(".")]
