@@ -1,7 +1,9 @@
 """The way to the engine: calls that fail, hang, or are refused, and equal requests that are asked once."""
 
 import asyncio
+import datetime
 
+import numpy as np
 import pytest
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -232,18 +234,47 @@ async def test_a_time_out_is_not_remembered():
 
 
 async def test_answers_are_not_remembered_for_ever():
-    """The oldest go first."""
+    """The oldest go first; by their size, because an embedding is larger than a word."""
     asked = []
 
     async def count(question, requests, near):
         asked.extend(requests)
-        return [Answer(content, "stop", 1, 1) for content in requests]
+        return [Answer(np.zeros(len(content), np.float32), "", 1, 0) for content in requests]
 
-    ask_once = once(count, keep=2)
-    for content in ("a", "b", "c", "a", "c"):
+    ask_once = once(count, keep=10_000)
+    for content in ("a" * 1_000, "b", "c", "a" * 1_000, "d" * 1_500, "b", "a" * 1_000):
         await ask_once("f", [content])
 
-    assert asked == ["a", "b", "c", "a"]
+    assert [content[0] for content in asked] == ["a", "b", "c", "d", "a"]
+
+
+async def test_equal_rows_do_not_share_what_they_keep():
+    """What a row function does to one is not done to the others, nor to rows to come."""
+
+    async def keeps(question, requests, near):
+        return [Answer("A", "stop", 1, 1, extra={"token_ids": [1]}) for _ in requests]
+
+    ask_once = once(keeps)
+    first, second = await ask_once("f", ["a", "a"])
+    first.extra["token_ids"].append(2)
+
+    assert second.extra["token_ids"] == [1]
+    assert (await ask_once("f", ["a"]))[0].extra["token_ids"] == [1]
+
+
+async def test_turns_that_are_no_json_are_compared_too():
+    """A column of conversations may hold any value of Arrow's, for which one row may fail and not the task."""
+    asked = []
+
+    async def count(question, requests, near):
+        asked.extend(requests)
+        return [Refusal("invalid_request", "no JSON") for _ in requests]
+
+    days = [datetime.date(2026, 1, day) for day in (1, 2, 1)]
+    turns = [[{"role": "assistant", "content": "", "tool_calls": [{"arguments": {"day": day}}]}] for day in days]
+    assert len(await once(count)("f", [Request(one) for one in turns])) == 3
+
+    assert [one.content for one in asked] == turns[:2]
 
 
 def raised(cause):

@@ -8,6 +8,7 @@ import pytest
 from airflow.sdk import DAG
 
 from airflow_provider_raylm.authoring import shared_engine
+from airflow_provider_raylm.cluster.batch.asking import once
 from airflow_provider_raylm.cluster.batch.encoding import encode
 from airflow_provider_raylm.cluster.batch.exchange import Answer, RowError
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
@@ -67,6 +68,36 @@ def test_a_score_is_of_two_texts():
     assert question.request({"a": "x", "b": "y"}).content == '["x", "About y"]'
     with pytest.raises(RowError, match="empty"):
         compile_step(Step(score=("${a}", "${b}")), EngineTraits("m")).request({"a": "x", "b": " "})
+
+
+@pytest.mark.parametrize(
+    ("fields", "value"),
+    [
+        ({"embed": "${a}", "normalize": False}, lambda text: np.full(3, len(text), np.float32)),
+        ({"classify": "${a}", "probabilities": True}, lambda text: [("short", 1 / len(text)), ("long", 0.0)]),
+        ({"score": ["${a}", "Which?"]}, lambda text: float(len(text))),
+    ],
+)
+def test_equal_texts_are_asked_once(fields, value):
+    """Of every kind whose answer is determined, over blocks; each row has its answer, and its count of tokens."""
+    asked = []
+
+    async def ask(question, requests, near):
+        asked.extend(requests)
+        return [Answer(value(request.content), "", 3, 0) for request in requests]
+
+    def answers(way, **given):
+        spec = BatchSpec(source="in", output="out", **fields, **given)
+        answerer = BlockAnswerer(spec, EngineTraits("m", 3), way)
+        tables = [pa.table({"a": list(texts), ROW_ID: list("012")}) for texts in (("x", "yy", "x"), ("yy", "zzz", "x"))]
+        return [asyncio.run(answerer.answer(table, "block")).rows for table in tables]
+
+    expected = answers(ask)
+    asked.clear()
+
+    assert answers(once(ask), deduplicate=True) == expected
+    assert [len(request.content) - len(asked[0].content) for request in asked] == [0, 1, 2]
+    assert expected[0]["raylm_prompt_tokens"].to_pylist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import pickle
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
@@ -218,44 +219,60 @@ def _last_line(error: Exception) -> str:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
 
 
-# Answers that are kept for rows to come; one takes about a kilobyte.
-ANSWERS_KEPT = 100_000
+# Of answers that are kept for rows to come: a hundred thousand of a sentence each, or some ten thousand embeddings.
+KEPT_BYTES = 100_000_000
+_ENTRY_BYTES = 300
 
 
-def once(ask: Ask, keep: int = ANSWERS_KEPT) -> Ask:
-    """Return a function that asks equal requests once and gives all of them the one answer.
+def once(ask: Ask, keep: int = KEPT_BYTES) -> Ask:
+    """Return a function that asks equal requests once and gives each of them the one answer, as a value of its own.
 
-    A request that is in flight for another block is waited for. Of answered requests the last *keep* are remembered.
+    A request that is in flight for another block is waited for. Of what was answered the last *keep* bytes are
+    remembered.
     """
-    known: OrderedDict[bytes, asyncio.Future[Outcome]] = OrderedDict()
+    flying: dict[bytes, asyncio.Future[bytes]] = {}
+    kept: OrderedDict[bytes, bytes] = OrderedDict()
+    held = 0
+
+    def remember(key: bytes, outcome: bytes) -> None:
+        nonlocal held
+        kept[key] = outcome
+        held += len(outcome) + _ENTRY_BYTES
+        while held > keep:
+            held -= len(kept.popitem(last=False)[1]) + _ENTRY_BYTES
 
     async def ask_new(question: str, requests: Sequence[Request], near: str | None = None) -> list[Outcome]:
-        answers: list[asyncio.Future[Outcome]] = []
-        new: list[tuple[bytes, asyncio.Future[Outcome], Request]] = []
+        answers: list[bytes | asyncio.Future[bytes]] = []
+        new: dict[bytes, Request] = {}
         for request in requests:
-            key = hashlib.blake2b(json.dumps([question, request]).encode(), digest_size=16).digest()
-            answer = known.get(key)
-            if answer is None:
-                answer = known[key] = asyncio.get_running_loop().create_future()
-                new.append((key, answer, request))
-            answers.append(answer)
-        while len(known) > keep:
-            known.popitem(last=False)
+            key = _key(question, request)
+            if key not in kept and key not in flying:
+                flying[key] = asyncio.get_running_loop().create_future()
+                new[key] = request
+            answers.append(kept.get(key) or flying[key])
         # Own requests first: whoever waits for another block has none of its own left to ask.
         try:
-            got = await ask(question, [request for *_, request in new], near) if new else []
+            got = await ask(question, list(new.values()), near) if new else []
         except BaseException as error:
-            for key, answer, _ in new:
-                known.pop(key, None)
+            for key in new:
+                answer = flying.pop(key)
                 answer.set_exception(error)
                 # Perhaps nobody else waits for it.
                 answer.exception()
             raise
-        for (key, answer, _), outcome in zip(new, got, strict=True):
-            if isinstance(outcome, Refusal) and outcome.reason == "timeout":
-                # The engine's haste or rest is not the question's: the next equal row is asked again.
-                known.pop(key, None)
-            answer.set_result(outcome)
-        return [await answer for answer in answers]
+        for key, outcome in zip(new, got, strict=True):
+            packed_outcome = pickle.dumps(outcome, protocol=5)
+            flying.pop(key).set_result(packed_outcome)
+            # The engine's haste or rest is not the question's: after a time-out the next equal row is asked again.
+            if not (isinstance(outcome, Refusal) and outcome.reason == "timeout"):
+                remember(key, packed_outcome)
+        # Each unpacked anew: what an answer keeps is a list, which a row function may change.
+        return [pickle.loads(one if isinstance(one, bytes) else await one) for one in answers]  # noqa: S301  # made here
 
     return ask_new
+
+
+def _key(question: str, request: Request) -> bytes:
+    """Return what equal requests alone have; a row's turns may hold what JSON has no value for."""
+    text = json.dumps([question, request], default=lambda value: pickle.dumps(value).hex())
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
