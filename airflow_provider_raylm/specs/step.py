@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.specs.base import RESERVED_PREFIX, JsonObject, Value
+from airflow_provider_raylm.specs.extra_body import check_extra_body
 from airflow_provider_raylm.specs.per_row import PerRow, column_of, placeholders
 from airflow_provider_raylm.specs.turns import Turn, templates_of
 
@@ -148,19 +149,8 @@ class Step(Value):
     )
     constraints: ClassVar[tuple[str, ...]] = ("output_schema", "choice", "regex", "grammar")
     _not_in_extra_body: ClassVar[frozenset[str]] = frozenset(
-        {
-            *(*sampling_fields, "model", "prompt", "messages", "stream", "n", "best_of", "echo", "request_id"),
-            *("session_id", "max_completion_tokens", "use_beam_search", "dimensions", *truncation_fields),
-        }
+        {*sampling_fields, *truncation_fields, "prompt", "messages", "n", "dimensions"}
     )
-    # What is paid for and has to be kept, then.
-    _kept_by: ClassVar[dict[str, Kept]] = {
-        "logprobs": "logprobs",
-        "top_logprobs": "logprobs",
-        "tools": "tool_calls",
-        "return_token_ids": "token_ids",
-    }
-    _never_kept: ClassVar[frozenset[str]] = frozenset({"prompt_logprobs", "return_tokens_as_token_ids"})
 
     @model_validator(mode="after")
     def _well_formed(self) -> Self:
@@ -171,7 +161,7 @@ class Step(Value):
         if self.output_column.startswith(RESERVED_PREFIX):
             raise ValueError(f"output_column: the prefix {RESERVED_PREFIX!r} is reserved")
         self._check_kind()
-        self._check_extra_body()
+        check_extra_body(self.extra_body, self._asked, self._not_in_extra_body, self.keep)
         self._check_constraint()
         self._check_truncation()
         for name in ("reasoning", "tool_calls"):
@@ -219,22 +209,6 @@ class Step(Value):
         """Return whether a field has another value than its default."""
         field = type(self).model_fields[name]
         return bool(getattr(self, name) != field.get_default(call_default_factory=True))
-
-    def _check_extra_body(self) -> None:
-        refused = sorted(self._not_in_extra_body & set(self.extra_body))
-        if refused:
-            own = refused[0] in type(self).model_fields
-            raise ValueError(
-                f"extra_body.{refused[0]}: " + ("it is a field of its own" if own else "not accepted here")
-            )
-        if "use_activation" in self.extra_body and self.embed is not None:
-            raise ValueError("extra_body.use_activation: it is a field of its own, normalize")
-        for name in self.extra_body:
-            kept = self._kept_by.get(name)
-            if kept is not None and kept not in self.keep:
-                raise ValueError(f"extra_body.{name}: its result would be dropped; add keep=[{kept!r}] or leave it out")
-            if name in self._never_kept:
-                raise ValueError(f"extra_body.{name}: its result has no column, so it would be paid for and dropped")
 
     def _check_truncation(self) -> None:
         if self.truncate_prompt_tokens == 0:

@@ -27,3 +27,31 @@ def test_the_model_bounds_what_no_row_does():
     """As far as its generation_config does; else there is no more than its context."""
     assert Chat(engine(), {"model": "m"}, [])._sampling.max_tokens == 100
     assert Chat(engine(override_max_tokens=5), {"model": "m"}, [])._sampling.max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [(Completion, {"logprobs": None}), (Chat, {"logprobs": "false"}), (Chat, {"logprobs": True})]
+)
+def test_log_probabilities_that_nobody_asks_for_cannot_be_kept(kind, told):
+    """In whichever of vLLM's ways that is said; else each row would end in an error of Python's."""
+    with pytest.raises(ValueError, match="keep='logprobs': .* asks for none"):
+        kind(
+            engine(),
+            {"model": "m", "top_logprobs": None, **told} if kind is Chat else {"model": "m", **told},
+            ["logprobs"],
+        )
+
+
+def test_vllm_names_the_tokens_of_log_probabilities():
+    """Also of those that the author names by their ids; any other answer becomes text in one go."""
+    texts = SimpleNamespace(decodes=True, decoded=print)
+
+    def detokenizes(told):
+        asked = Completion(SimpleNamespace(**vars(engine()) | {"texts": texts}), {"model": "m", **told}, [])
+        return asked._sampling.detokenize
+
+    assert [detokenizes(one) for one in ({}, {"logprobs": 0}, {"logprobs": 1, "logprob_token_ids": [5]})] == [
+        False,
+        True,
+        True,
+    ]

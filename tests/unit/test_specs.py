@@ -134,6 +134,35 @@ def test_a_spec_is_a_value():
         spec.output = "elsewhere"
 
 
+KEPT = {"keep": ["logprobs", "reasoning"]}
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": "x", "extra_body": {"suffix": "."}}, "extra_body.suffix: has no effect"),
+        ({**CHAT, "extra_body": {"user": "me"}}, "extra_body.user: has no effect"),
+        ({"embed": "x", "extra_body": {"user": "me"}}, "extra_body.user: has no effect"),
+        ({"prompt": "x", "extra_body": {"prompt_embeds": ""}}, "extra_body.prompt_embeds: not accepted here"),
+        (
+            {**CHAT, "extra_body": {"return_prompt_text": True}},
+            "extra_body.return_prompt_text: its result has no column",
+        ),
+        ({**CHAT, "extra_body": {"include_reasoning": False}}, "extra_body.include_reasoning: reasoning is left out"),
+        ({"prompt": "x", "extra_body": {"logprob_token_ids": [5]}}, r"would be dropped; add keep=\['logprobs'\]"),
+        ({**CHAT, **KEPT, "extra_body": {"logprobs": 5}}, "extra_body.logprobs: a chat has top_logprobs .*, got 5"),
+        ({**CHAT, **KEPT, "extra_body": {"logprobs": False}}, "extra_body.logprobs: a chat has top_logprobs"),
+        ({"prompt": "x", "keep": ["logprobs"], "extra_body": {"logprobs": True}}, "of a prompt it is how many"),
+        ({"prompt": "x", "keep": ["logprobs"], "extra_body": {"logprobs": None}}, "of a prompt it is how many"),
+    ],
+)
+def test_what_of_extra_body_nobody_heeds_is_refused(fields, words):
+    """Also what vLLM takes without a word, and the other API's word for log probabilities."""
+    with pytest.raises(SpecError, match=words):
+        Step(**fields)
+
+
 def test_what_airflow_fills_in_later_is_not_checked_yet():
     """A template may stand for any value; the fields beside it are checked all the same."""
     check_unrendered(BatchSpec, {**BATCH, "max_tokens": "{{ params.n }}"}, templated)

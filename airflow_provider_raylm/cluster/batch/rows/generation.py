@@ -46,8 +46,8 @@ class Generation:
             "model": named or model,
             **step.parameters,
             **step.truncation,
-            **step.extra_body,
             **request_fields(step),
+            **step.extra_body,
         }
         if step.n > 1:
             fields["n"] = step.n

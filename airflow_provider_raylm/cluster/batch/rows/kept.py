@@ -32,9 +32,7 @@ def kept_fields(step: Step) -> list[pa.Field]:
 
 
 def request_fields(step: Step) -> dict[str, Any]:
-    """Return what the OpenAI request says so that the engine gives what is kept."""
+    """Return what the OpenAI request says so that the engine gives what is kept, unless the author says how much."""
     if "logprobs" not in step.keep:
         return {}
-    if step.prompt is not None:
-        return {"logprobs": step.extra_body.get("logprobs", 0)}
-    return {"logprobs": True, "top_logprobs": step.extra_body.get("top_logprobs", 0)}
+    return {"logprobs": 0} if step.prompt is not None else {"logprobs": True, "top_logprobs": 0}

@@ -57,10 +57,13 @@ class Generation:
         if self._sampling.sampling_type == SamplingType.RANDOM_SEED and current_platform.is_cpu():
             # It rewinds a row's generator, which torch's on CPUs cannot: the engine would die of one such row.
             raise ValueError("seed: vLLM's engine on CPUs dies of it (vllm 0.29); leave it out, or set temperature=0.")
+        named = self._sampling.num_logprobs is not None
+        if "logprobs" in keep and not named:
+            raise ValueError("keep='logprobs': but logprobs, or of a chat top_logprobs, asks for none; give a number.")
         # From an answer's token ids to its text in one go; without it, vLLM does so token by token.
         self._decode: Callable[[list[int]], Awaitable[str]] | None = None
         # vLLM looks for stop strings in the text as it grows, and names the tokens of log probabilities.
-        whole = not self._sampling.stop and self._sampling.logprobs is None
+        whole = not self._sampling.stop and not named
         if whole and vllm.texts is not None and vllm.texts.decodes:
             self._sampling.detokenize = False
             self._decode = partial(vllm.texts.decoded, skip_special_tokens=self._sampling.skip_special_tokens)
