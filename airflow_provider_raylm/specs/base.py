@@ -164,12 +164,12 @@ def _explain(spec: type[Value], errors: list[Any]) -> str:
         reason = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             reason = f"unknown field; known are {_known(spec)}" if len(error["loc"]) == 1 else "unknown field"
-        elif error["type"] in _STRUCTURED and isinstance(error["input"], str):
+        elif error["type"] in STRUCTURED and isinstance(error["input"], str):
             reason = (
-                f"expected {_STRUCTURED[error['type']]}, got the text {error['input'][:60]!r}, which is no JSON of "
+                f"expected {STRUCTURED[error['type']]}, got the text {error['input'][:60]!r}, which is no JSON of "
                 "one; a template makes it with the filter tojson"
             )
-        lines.setdefault((where, error["type"] if error["type"] not in _STRUCTURED else ""), f"{where}: {reason}")
+        lines.setdefault((where, error["type"] if error["type"] not in STRUCTURED else ""), f"{where}: {reason}")
     return "\n".join(lines.values())
 
 
@@ -183,18 +183,23 @@ def read_json_text(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
-_STRUCTURED = {"dict_type": "an object", "model_type": "an object", "list_type": "a list", "tuple_type": "a list"}
+STRUCTURED = {"dict_type": "an object", "model_type": "an object", "list_type": "a list", "tuple_type": "a list"}
 
 
 @cache
 def _structured_fields(spec: type[Value]) -> frozenset[str]:
     """Return the names of the fields that may hold a list, an object or another value, also beside text."""
-    return frozenset(
-        name for name, field in spec.model_fields.items() if any(map(_is_structured, _choices(field.annotation)))
+    return frozenset(name for name, field in spec.model_fields.items() if is_structured(field.annotation))
+
+
+def is_structured(annotation: Any) -> bool:
+    """Return whether a value may be a list, an object or another value."""
+    return any(
+        isinstance(kind, type) and issubclass(kind, tuple | list | Mapping | Value) for kind in _choices(annotation)
     )
 
 
@@ -207,10 +212,6 @@ def _choices(annotation: Any) -> Iterator[Any]:
             yield from _choices(one)
     else:
         yield origin or annotation
-
-
-def _is_structured(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, tuple | list | Mapping | Value)
 
 
 JsonObject = dict[str, JsonValue]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import BeforeValidator, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+
+from airflow_provider_raylm.specs.base import is_structured, read_json_text
 
 PLACEHOLDER = re.compile(r"\$\$\{|\$\{([^{}]+)\}")
 """``$${`` stands for ``${``, ``${column}`` for a row's value."""
@@ -35,11 +37,16 @@ class PerRow:
 
     kind: Any
 
+    @property
+    def value(self) -> Any:
+        """The type of a value, of which a list or an object may be JSON text: an author's as a row's."""
+        return Annotated[self.kind, BeforeValidator(read_json_text)] if is_structured(self.kind) else self.kind
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Tell the two apart before either is looked at, so that an error speaks of what was meant."""
         # Names in brackets are left out of errors.
         schema: CoreSchema = core_schema.tagged_union_schema(
-            {"[value]": handler.generate_schema(self.kind), "[column]": core_schema.str_schema()},
+            {"[value]": handler.generate_schema(self.value), "[column]": core_schema.str_schema()},
             discriminator=lambda given: "[value]" if column_of(given) is None else "[column]",
         )
         return core_schema.nullable_schema(schema) if type(None) in get_args(source) else schema

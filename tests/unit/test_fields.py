@@ -47,6 +47,8 @@ def test_a_list_or_an_object_is_its_json_text_too(spec, field, value):
     assert build(spec, {**rest, field: json.dumps(value)}) == expected
     assert build(spec, json.dumps({**rest, field: value})) == expected
     assert build(spec, json.dumps({**rest, field: json.dumps(value)})) == expected
+    if field == "messages":
+        assert build(spec, {**rest, field: [json.dumps(one) for one in value]}) == expected
 
 
 def test_what_looks_like_json_is_text_where_a_field_holds_text():

@@ -96,6 +96,23 @@ def test_a_chat_request_keeps_roles_and_order():
     ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({"prompt": "x"}, {"logprobs": 0}),
+        ({"prompt": "x", "extra_body": {"logprobs": 5}}, {"logprobs": 5}),
+        ({"messages": "${a}"}, {"logprobs": True, "top_logprobs": 0}),
+        ({"messages": "${a}", "extra_body": {"top_logprobs": 5}}, {"logprobs": True, "top_logprobs": 5}),
+        ({"messages": "${a}", "extra_body": {"logprobs": True}}, {"logprobs": True, "top_logprobs": 0}),
+    ],
+)
+def test_log_probabilities_are_asked_for_as_each_api_has_it(fields, asked):
+    """Of the tokens alone, unless the author says how many others."""
+    fields = json.loads(compile_step(Step(**fields, keep=["logprobs"]), EngineTraits("m")).question)["fields"]
+
+    assert {name: fields[name] for name in fields if "logprobs" in name} == asked
+
+
 def test_columns_of_earlier_steps_count_as_present():
     """A step may use what the steps before it produced, not what later ones do."""
     steps = [Step(prompt="${a} ${c}", output_column="b"), Step(prompt="${b} ${d}", output_column="c")]
@@ -195,6 +212,24 @@ def test_a_bad_parameter_is_one_rows_fault(budget, reason, words):
         compile_step(Step(prompt="x", max_tokens="${budget}"), EngineTraits("m")).request({"budget": budget})
 
     assert error.value.refusal.reason == reason
+
+
+@pytest.mark.parametrize("ends", [["a", "b"], ("a", "b"), np.array(["a", "b"]), '["a", "b"]', ' ["a", "b"]'])
+def test_a_rows_list_is_its_json_text_too(ends):
+    """As an author's is: in CSV and text there is no other way to write one."""
+    request = compile_step(Step(prompt="x", stop="${ends}"), EngineTraits("m")).request({"ends": ends})
+
+    assert json.loads(request.overrides) == {"stop": ["a", "b"]}
+    assert Step(prompt="x", stop='["a", "b"]').stop == ("a", "b")
+
+
+@pytest.mark.parametrize("ends", ["a", '["a"', '{"a": 1}', "null", "[" * 100_000])
+def test_a_text_that_is_no_list_is_one_rows_fault(ends):
+    """Nor is it one of an author's."""
+    with pytest.raises(RowError, match="stop from column 'ends': expected a list, or its JSON text") as error:
+        compile_step(Step(prompt="x", stop="${ends}"), EngineTraits("m")).request({"ends": ends})
+
+    assert error.value.refusal.reason == "invalid_parameter"
 
 
 OUTPUTS = {"structured_outputs": {"json": {"type": "integer"}}}

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from airflow_provider_raylm.cluster.batch.exchange import RowError
 from airflow_provider_raylm.cluster.batch.rows.templates import Row, required
 from airflow_provider_raylm.specs import Step
+from airflow_provider_raylm.specs.base import STRUCTURED
 from airflow_provider_raylm.specs.per_row import PerRow
 
 
@@ -34,7 +35,9 @@ def compile_parameters(step: Step) -> Callable[[Row], str]:
                 # In vLLM's requests an adapter is a model.
                 chosen["model" if name == "adapter" else name] = adapter.validate_python(required(row, column))
             except ValidationError as error:
-                why = error.errors()[0]["msg"]
+                first = error.errors()[0]
+                kind = STRUCTURED.get(first["type"])
+                why = f"expected {kind}, or its JSON text" if kind else first["msg"]
                 raise RowError("invalid_parameter", f"{name} from column {column!r}: {why}") from None
         return json.dumps(chosen)
 
@@ -43,4 +46,4 @@ def compile_parameters(step: Step) -> Callable[[Row], str]:
 
 def _kind(name: str) -> Any:
     """Return the type of a field's value."""
-    return next(one.kind for one in Step.model_fields[name].metadata if isinstance(one, PerRow))
+    return next(one.value for one in Step.model_fields[name].metadata if isinstance(one, PerRow))
