@@ -6,14 +6,14 @@ import io
 import json
 import math
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, WithJsonSchema, field_serializer, field_validator
+from pydantic import BaseModel, WithJsonSchema, create_model, field_serializer, field_validator
 
 from airflow_provider_raylm.cluster.batch.encoding import encode
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
@@ -79,6 +79,9 @@ class Size(BaseModel):
         return f"{value} m" if value > 1 else value
 
 
+ONE = {"properties": {"a": {"type": "integer"}}}
+TWO = {"properties": {"b": {"type": "integer"}}}
+ONE_STRUCT = pa.struct([("a", pa.int64())])
 Word = str
 HERE = "tests.unit.test_typed_answers"
 
@@ -121,6 +124,18 @@ HERE = "tests.unit.test_typed_answers"
         ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "boolean"}}}, pa.bool_()),
         ({"properties": {"a": {"$ref": "#"}, "b": {"type": "integer"}}}, None),
         ({"$ref": "https://elsewhere"}, pa.string()),
+        ({"$ref": "#/$defs/x", "description": "d", "type": "object", "$defs": {"x": ONE}}, ONE_STRUCT),
+        ({"$ref": "#/$defs/x", "properties": {"b": True}, "$defs": {"x": ONE}}, pa.string()),
+        ({"$ref": "#/$defs/x", "additionalProperties": {"type": "string"}, "$defs": {"x": ONE}}, pa.string()),
+        ({"$ref": "#/$defs/x", "unevaluatedProperties": False, "$defs": {"x": ONE}}, ONE_STRUCT),
+        ({"$ref": "#/$defs/x", "anyOf": [{"required": ["b"]}], "$defs": {"x": ONE}}, pa.string()),
+        ({"$ref": "#/$defs/x", "items": TWO, "$defs": {"x": {"items": ONE}}}, pa.string()),
+        ({"allOf": [ONE], "anyOf": [TWO]}, pa.string()),
+        ({"anyOf": [ONE], "oneOf": [TWO]}, pa.string()),
+        ({"anyOf": [ONE], "additionalProperties": True}, pa.string()),
+        ({"$dynamicRef": "#x", **ONE}, pa.string()),
+        ({**ONE, "unevaluatedProperties": False}, ONE_STRUCT),
+        ({**ONE, "additionalProperties": {}}, pa.string()),
         (True, pa.string()),
         ({}, pa.string()),
         (
@@ -154,6 +169,9 @@ def test_an_answer_is_a_value_of_its_schema():
     times = {"type": "string", "format": "date-time"}
     assert read('"2026-02-03T12:00:00+02:00"', output_schema=times).hour == 10
     assert read('"2026-02-03T12:00:00"', output_schema=times).tzinfo is datetime.UTC
+    assert read('"2026-02-03t12:00:00.123456000z"', output_schema=times).microsecond == 123456
+    both = {"$ref": "#/$defs/one", **TWO, "$defs": {"one": ONE}}
+    assert json.loads(read('{"a": 1, "b": 2}', output_schema=both)) == {"a": 1, "b": 2}
     assert read('{"b": [1, "é"]}', output_schema={"type": "object"}) == '{"b": [1, "é"]}'
     lists = [{"type": "array", "items": {"type": kind}} for kind in ("string", "object")]
     assert read('["a"]', output_schema={"anyOf": lists}) == '["a"]'
@@ -171,6 +189,7 @@ def test_an_answer_is_a_value_of_its_schema():
         ('{"stars": 4, "topics": [], "more": 1}', REVIEW, "'more'"),
         ('{"stars": 4, "topics": [], "bought": "tomorrow"}', REVIEW, "bought"),
         ("NaN", {"type": "number"}, "NaN"),
+        ('"2026-01-01T00:00:00.123456789Z"', {"type": "string", "format": "date-time"}, "finer than a microsecond"),
         (str(2**63), {"type": "integer"}, "64 bits"),
         (r'"\ud800"', {"type": "string"}, "surrogate"),
         ('{"a": 1, "b": 2}', {"properties": {"a": {"type": "integer"}}}, "'b' is none of a"),
@@ -356,22 +375,115 @@ def _within(inner):
     return lists | objects | optional
 
 
+def _by_reference(schema, chance):
+    """Return a schema that says the same, by references here and there."""
+    defined = {}
+
+    def moved(part):
+        part = {
+            word: {name: moved(one) for name, one in value.items()}
+            if word == "properties"
+            else [moved(one) for one in value]
+            if word == "anyOf"
+            else moved(value)
+            if word == "items"
+            else value
+            for word, value in part.items()
+        }
+        if chance.random() < 0.5:
+            return part
+        name = f"a/{len(defined)}"
+        defined[name] = part
+        return {"$ref": f"#/$defs/{name.replace('/', '~1')}", "description": "By reference."}
+
+    return {**moved(schema), "$defs": defined}
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.recursive(SCALARS, _within, max_leaves=6), st.data())
-def test_any_value_of_any_schema_comes_back_from_a_file(case, data):
+@given(st.recursive(SCALARS, _within, max_leaves=6), st.randoms(use_true_random=False), st.data())
+def test_any_value_of_any_schema_comes_back_from_a_file(case, chance, data):
     """As the answer had it: what a property may leave out is null, and a union is its JSON text."""
     schema, values = case
     told = data.draw(st.lists(values, min_size=1, max_size=4))
-    step = compile_step(Step(prompt="x", output_schema=schema), EngineTraits("m"))
-    read = [step.read(Answer(json.dumps(value), "stop", 1, 1))["response"] for value in told]
-    table = pa.table({"response": pa.array(read, step.columns[0].type)})
+    back = _written([json.dumps(value) for value in told], _by_reference(schema, chance))
 
-    back = _of_parquet(encode(table, "parquet"))["response"].to_pylist()
     assert all(_same(one, value, schema) for one, value in zip(back, told, strict=True))
+    assert shape_of(_by_reference(schema, chance)) == shape_of(schema)
+
+
+TREE = {
+    "$ref": "#/$defs/tree",
+    "$defs": {
+        "tree": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "first": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]},
+                "others": {"type": "array", "items": {"$ref": "#/$defs/tree"}},
+            },
+            "required": ["name", "others"],
+        }
+    },
+}
+TREES = st.recursive(
+    st.builds(dict, name=st.text("xyz"), others=st.just([])),
+    lambda inner: st.builds(dict, name=st.text("xyz"), first=st.none() | inner, others=st.lists(inner, max_size=2)),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(TREES)
+def test_a_value_that_holds_itself_comes_back_from_a_file(tree):
+    """One level down as JSON text, at any depth."""
+    (back,) = _written([json.dumps(tree)], TREE)
+    first = back["first"] and json.loads(back["first"])
+
+    assert {**back, "first": first, "others": list(map(json.loads, back["others"]))} == {"first": None, **tree}
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+PERSONS = st.builds(Person, name=TEXTS, age=st.none() | st.integers(0, 99), friends=st.just([]))
+FIELDS = st.sampled_from(
+    [
+        (int, st.integers(-(2**63), 2**63 - 1), None),
+        (float, st.floats(allow_nan=False, allow_infinity=False), None),
+        (str, TEXTS, None),
+        (bool | None, st.none() | st.booleans(), None),
+        (Literal["a", "b"], st.sampled_from("ab"), None),
+        (datetime.date, st.dates(), None),
+        (datetime.datetime, st.datetimes(timezones=st.just(datetime.UTC)), None),
+        (list[int], st.lists(st.integers(0, 9)), None),
+        (dict[str, int], st.dictionaries(TEXTS, st.integers(0, 9)), json.loads),
+        (int | str, st.integers(0, 9) | st.text("ab"), json.loads),
+        (Person | None, st.none() | PERSONS, None),
+        (list[Person], st.lists(PERSONS, max_size=2), None),
+    ]
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.sampled_from("abc"), FIELDS, min_size=1), st.data())
+def test_any_value_of_a_pydantic_model_comes_back_from_a_file(fields, data):
+    """As the model had it: what has no one type is JSON text."""
+    global Drawn
+    Drawn = create_model("Drawn", **{name: kind for name, (kind, *_) in fields.items()})
+    told = Drawn.model_construct(**{name: data.draw(values) for name, (_, values, _) in fields.items()})
+    (back,) = _written([told.model_dump_json()], f"{HERE}:Drawn")
+
+    found = {name: loads(back[name]) if loads else back[name] for name, (_, _, loads) in fields.items()}
+    assert found == told.model_dump()
+
+
+def _written(texts, schema):
+    """Return what a file has of answers with these texts."""
+    step = compile_step(Step(prompt="x", output_schema=schema), EngineTraits("m"))
+    read = [step.read(Answer(text, "stop", 1, 1))["response"] for text in texts]
+    return _of_parquet(encode(pa.table({"response": pa.array(read, step.columns[0].type)}), "parquet"))
 
 
 def _of_parquet(content):
-    return pq.read_table(io.BytesIO(content))
+    return pq.read_table(io.BytesIO(content))["response"].to_pylist()
 
 
 def _same(found, told, schema):

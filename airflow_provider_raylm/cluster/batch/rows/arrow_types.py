@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,9 @@ def shape_of(schema: Any) -> Shape:
     ``date32``, times ``timestamp[us, UTC]``; one without a zone is taken for UTC.
     """
     return _Shapes(schema).of(schema, ())
+
+
+_FINER = re.compile(r"[.,]\d{6}\d*[1-9]")
 
 
 def _require(value: Any, kind: type | tuple[type, ...], name: str) -> None:
@@ -97,8 +101,12 @@ def _date(value: Any) -> datetime.date:
 
 def _time(value: Any) -> datetime.datetime:
     _require(value, str, "date-time")
+    if _FINER.search(value):
+        # Python would leave the rest out without a word.
+        raise Unfit(f"{value[:60]!r} is finer than a microsecond")
     try:
-        found = datetime.datetime.fromisoformat(value)
+        # JSON Schema lets T and Z be small.
+        found = datetime.datetime.fromisoformat(value.upper())
         return found.astimezone(datetime.UTC) if found.tzinfo else found.replace(tzinfo=datetime.UTC)
     except (ValueError, OverflowError) as error:
         raise Unfit(str(error)) from None
@@ -145,8 +153,33 @@ _SCALARS = {
 _FORMATS = {"date": Shape(pa.date32(), _date), "date-time": Shape(pa.timestamp("us", "UTC"), _time)}
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 _UNIONS = ("anyOf", "oneOf")
+# By which a schema leaves what its values hold to other schemas, and by which it says so itself.
+_BY_OTHERS = ("$ref", "$dynamicRef", "allOf", *_UNIONS)
+_BY_ITSELF = (
+    "properties",
+    "patternProperties",
+    "additionalProperties",
+    "items",
+    "prefixItems",
+    "if",
+    "dependentSchemas",
+)
 # What says of the other words of a schema that they are not all.
-_OPEN = ("allOf", "if", "not", "patternProperties", "dependentSchemas", "propertyNames", "unevaluatedProperties")
+_OPEN = (
+    "additionalProperties",
+    "allOf",
+    "if",
+    "not",
+    "patternProperties",
+    "dependentSchemas",
+    "propertyNames",
+    "unevaluatedProperties",
+)
+
+
+def _says(schema: Mapping[str, Any], words: tuple[str, ...]) -> bool:
+    """Return whether a schema has one of some words, other than to forbid what it would allow."""
+    return any(schema.get(word, False) is not False for word in words)
 
 
 class _Shapes:
@@ -162,14 +195,18 @@ class _Shapes:
         """
         if not isinstance(schema, Mapping):
             return JSON_TEXT
+        others = [word for word in _BY_OTHERS if word in schema]
+        if len(others) > 1 or (others and _says(schema, _BY_ITSELF)):
+            # A value may have what one of them names and another does not.
+            return JSON_TEXT
         if (reference := schema.get("$ref")) is not None:
             found = self._resolve(reference)
             return JSON_TEXT if found is None or reference in inside else self.of(found, (*inside, reference))
-        if len(schema.get("allOf", ())) == 1 and not {"type", "properties"} & set(schema):
+        if len(schema.get("allOf", ())) == 1 and "type" not in schema:
             return self.of(schema["allOf"][0], inside)
         for union in _UNIONS:
             if union in schema:
-                return JSON_TEXT if "properties" in schema else self._union(schema[union], inside)
+                return self._union(schema[union], inside)
         kinds = self._kinds(schema)
         if len(kinds) != 1:
             return self._one([_SCALARS.get(kind, JSON_TEXT) for kind in kinds])
@@ -203,7 +240,7 @@ class _Shapes:
 
     def _object(self, schema: Mapping[str, Any], inside: tuple[str, ...]) -> Shape:
         properties = schema.get("properties")
-        if not properties or schema.get("additionalProperties") or any(word in schema for word in _OPEN):
+        if not properties or _says(schema, _OPEN):
             return JSON_TEXT
         members = tuple((name, self.of(one, inside)) for name, one in properties.items())
         return Shape(pa.struct([(name, shape.type) for name, shape in members]), _Struct(members))
