@@ -107,12 +107,17 @@ class FakeRayJobs(FakeVerbs):
 
         Needs pyarrow, and jsonschema for an ``output_schema``. An embedding without ``dimensions`` has as many numbers
         as the model gives; here it is a list of any size.
+
+        Raises:
+            LookupError: no inference task of that name was submitted; the text has those that were.
         """
         from airflow_provider_raylm.cluster.batch.rows import EngineTraits, compile_step
 
-        made = [
-            column for step in self.batches[task_id].all_steps for column in compile_step(step, EngineTraits()).columns
-        ]
+        if task_id not in self.batches:
+            there = ", ".join(self.batches) or "none"
+            raise LookupError(f"columns: no inference task {task_id!r} was submitted; there is {there}")
+        steps = self.batches[task_id].all_steps
+        made = [column for step in steps for column in compile_step(step, EngineTraits()).columns]
         return {column.name: str(column.type) for column in made}
 
     def fail(self, task_id: str, error: RayLMError) -> None:

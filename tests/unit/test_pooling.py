@@ -148,3 +148,7 @@ def test_the_fake_knows_kinds(airflow_db):
 
     assert set(run(dag, fake).values()) == {"success"}
     assert fake.columns("vectors") == {"vectors": "fixed_size_list<item: float>[4]"}
+    with pytest.raises(LookupError, match="no inference task 'vector' was submitted; there is vectors"):
+        fake.columns("vector")
+    with pytest.raises(LookupError, match="there is none"):
+        FakeRayJobs().columns("vectors")

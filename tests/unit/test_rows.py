@@ -1,21 +1,14 @@
 """Templates are text with holes; data is never evaluated."""
 
-import asyncio
 import json
-from types import SimpleNamespace
-from typing import ClassVar
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from airflow_provider_raylm.cluster.batch import rows
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal, Request, RowError
-from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
 from airflow_provider_raylm.cluster.batch.rows import EngineTraits, compile_step
 from airflow_provider_raylm.cluster.batch.rows.templates import compile_template
 from airflow_provider_raylm.cluster.batch.rows.values import missing_columns
-from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.specs import Step
 from airflow_provider_raylm.specs.per_row import placeholders
 
@@ -263,41 +256,3 @@ def test_an_answer_may_be_none(step, answer, reason):
     read = compile_step(step, EngineTraits("m")).read(answer)
 
     assert (read.reason if isinstance(read, Refusal) else None) == reason
-
-
-def test_a_kind_of_its_own(monkeypatch):
-    """A kind is a field of the step, and a class here and in the replica; nothing between them knows it."""
-
-    class Counted:
-        question = '{"kind": "counted"}'
-        columns = (pa.field("letters", pa.int64()),)
-        reasks = 0
-        at_a_time = 1
-
-        def __init__(self, step, engine):
-            self.column = step.count
-
-        def request(self, row):
-            return Request(row[self.column])
-
-        def read(self, answer):
-            return {"letters": answer.value}
-
-    class CountStep(Step):
-        kinds: ClassVar = (*Step.kinds, "count")
-        count: str | None = None
-
-    async def ask(question, requests, near):
-        return [Answer(len(request.content), "stop", 0, 0) for request in requests]
-
-    monkeypatch.setitem(rows.KINDS, "count", Counted)
-    spec = SimpleNamespace(all_steps=(CountStep(count="a"),), columns=None, preprocess=None, postprocess=None)
-    monkeypatch.setattr(CountStep, "columns_used", frozenset({"a"}))
-    table = pa.table({"a": ["x", "yyy"], ROW_ID: ["0", "1"]})
-
-    assert asyncio.run(BlockAnswerer(spec, EngineTraits("m"), ask).answer(table, "block")).rows[
-        "letters"
-    ].to_pylist() == [
-        1,
-        3,
-    ]
