@@ -2,22 +2,22 @@
 
 Reads {"embed", "score", "texts", "query", "model", "adapters", "prompts", "max_tokens", "vision", "images"} from the
 file named first; writes vectors, probabilities, scores, the answers of each adapter to the prompts, and what is said
-to a text with one of so many images, to the second. Of the reranker also what the replica's own classes make of the
-same engine, for which no other has to start.
+to a text with one of so many images, to the second; and what is thought and said in a chat, as vLLM's parser takes it
+apart.
 """
 
-import asyncio
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 from tests.offline import ENGINE_KWARGS, IN_PROCESS, stay_in_process, texts
 from tests.tiny_vision import inline, make_image
 
 # What becomes of longer texts.
 CUT = {"truncate_prompt_tokens": 20, "truncation_side": "left"}
+THINKING = ("<think>", "</think>")
+THOUGHT_TOKENS = 24
+ENDS_A_THOUGHT = 6.0
 ENCODER_KWARGS = {name: ENGINE_KWARGS[name] for name in ("dtype", "enforce_eager")}
 
 
@@ -25,8 +25,6 @@ def main(request: Path, answers: Path) -> None:
     stay_in_process()
     from vllm import LLM, PoolingParams, SamplingParams
     from vllm.lora.request import LoRARequest
-
-    from airflow_provider_raylm.cluster.replica.questions.pooling import Classify, Score
 
     task = json.loads(request.read_text())
     found = {}
@@ -42,9 +40,6 @@ def main(request: Path, answers: Path) -> None:
     llm = LLM(model=task["score"], runner="pooling", **ENCODER_KWARGS, **IN_PROCESS)
     found["classify"] = [one.outputs.probs for one in llm.classify(task["texts"], use_tqdm=False)]
     found["score"] = [one.outputs.score for one in llm.score(task["query"], task["texts"], use_tqdm=False)]
-    pairs = [json.dumps([task["query"], text]) for text in task["texts"]]
-    found["own_score"] = asyncio.run(_by_our_classes(llm, Score, pairs))
-    found["own_classify"] = asyncio.run(_by_our_classes(llm, Classify, task["texts"]))
     del llm
     llm = LLM(model=task["model"], enable_lora=True, max_loras=2, max_lora_rank=8, **ENGINE_KWARGS, **IN_PROCESS)
     sampling = SamplingParams(temperature=0, max_tokens=task["max_tokens"])
@@ -52,10 +47,31 @@ def main(request: Path, answers: Path) -> None:
         name: texts(llm.generate(task["prompts"], sampling, use_tqdm=False, lora_request=LoRARequest(name, i, path)))
         for i, (name, path) in enumerate(task["adapters"].items(), 1)
     }
+    found.update(_thoughts(llm, task["texts"]))
     del llm
     llm = LLM(model=task["vision"], **ENGINE_KWARGS, **IN_PROCESS)
     found["seen"] = texts(llm.chat(_with_images(task["texts"], task["images"]), sampling, use_tqdm=False))
     answers.write_text(json.dumps(found))
+
+
+def _thoughts(llm, texts):
+    """Return what is thought and said to each text, and what makes a model with random weights end its thoughts."""
+    from vllm import SamplingParams
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.reasoning import ReasoningParserManager
+
+    tokenizer = llm.get_tokenizer()
+    bias = {tokenizer.convert_tokens_to_ids(THINKING[1]): ENDS_A_THOUGHT}
+    sampling = SamplingParams(temperature=0, max_tokens=THOUGHT_TOKENS, logit_bias=bias, skip_special_tokens=False)
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    parser = ReasoningParserManager.get_reasoning_parser("qwen3")(tokenizer)
+    found = []
+    for chat, output in zip(chats, llm.chat(chats, sampling, use_tqdm=False), strict=True):
+        (answer,) = output.outputs
+        reasoning, content = parser.extract_reasoning(answer.text, ChatCompletionRequest(messages=chat))
+        told = {"reasoning": reasoning, "said": content or "", "token_ids": list(answer.token_ids)}
+        found.append({**told, "finish_reason": answer.finish_reason})
+    return {"thoughts": found, "bias": bias}
 
 
 def _with_images(said, images):
@@ -72,35 +88,6 @@ def _with_images(said, images):
         ]
         for i, text in enumerate(said)
     ]
-
-
-class _Client:
-    """An AsyncLLM's face on the engine that an LLM has in this process, for one request at a time."""
-
-    def __init__(self, llm):
-        self._engine = llm.llm_engine
-        self.vllm_config = llm.llm_engine.vllm_config
-        self.output_processor = llm.llm_engine.output_processor
-        self.renderer = llm.renderer
-        self.tokenizer = llm.get_tokenizer()
-
-    async def encode(self, prompt, params, request_id):
-        self._engine.add_request(request_id, prompt, params)
-        outputs = []
-        while not outputs:
-            outputs = self._engine.step()
-        yield outputs[0]
-
-
-async def _by_our_classes(llm, kind, contents):
-    """Return the values of the answers that a kind of question gets from the engine."""
-    from airflow_provider_raylm.cluster.batch.exchange import Request
-    from airflow_provider_raylm.cluster.replica.questions.vllm import Vllm
-
-    engine = SimpleNamespace(_engine_client=_Client(llm), _oai_models=SimpleNamespace(lora_requests={}))
-    vllm = Vllm(engine, ping=None, tasks=llm.supported_tasks)
-    rows = await kind(vllm, {}, []).rows([Request(content) for content in contents], None)
-    return [(await row(nullcontext)).value for row in rows]
 
 
 if __name__ == "__main__":

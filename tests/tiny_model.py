@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CONTEXT_LENGTH = 512
@@ -21,20 +21,21 @@ def make_tiny_model(
     context_length: int = CONTEXT_LENGTH,
     vocabulary: int = VOCABULARY,
     weights: bool = True,
+    further: Sequence[str] = (),
     **shape: int,
 ) -> Path:
     """Save the model and a byte-level BPE tokenizer to *folder*, unless they are there; return the folder.
 
     Two layers of width 64, a vocabulary of at most 1,000, float32, a context of 512 tokens; *shape* overrides what
-    transformers' Qwen2Config knows of the first two. Without *weights* it is a model of any size for vLLM's
-    ``load_format="dummy"``.
+    transformers' Qwen2Config knows of the first two, *further* tokens come to the vocabulary. Without *weights* it is a
+    model of any size for vLLM's ``load_format="dummy"``.
     """
     if (folder / "tokenizer_config.json").exists():
         return folder
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = make_tokenizer(_CHAT_TEMPLATE, vocabulary=vocabulary)
+    tokenizer = make_tokenizer(_CHAT_TEMPLATE, *further, vocabulary=vocabulary)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),

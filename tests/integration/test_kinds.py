@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
@@ -19,13 +18,16 @@ from tests.clusters import ENGINE_ENVIRON
 from tests.conftest import LABELS, REPOSITORY
 from tests.integration.conftest import MAX_TOKENS, ROWS
 from tests.offline import ENGINE_KWARGS
-from tests.offline_kinds import CUT, ENCODER_KWARGS
+from tests.offline_kinds import CUT, ENCODER_KWARGS, THINKING, THOUGHT_TOKENS
 from tests.s3 import BUCKET
 from tests.tiny_encoders import LABEL, LENGTH, make_adapter, make_encoder
+from tests.tiny_model import make_tiny_model
 from tests.tiny_vision import make_image, make_tiny_vision_model
 
 QUERY = "Which text is like this?"
 IMAGES = 20
+# Many at a time, and all in one.
+BLOCKS = [7, ROWS]
 # Of one engine on CPUs to another: the order in which rows are computed together.
 CLOSE = 1e-4
 # What is lost between float32 and float16, of the largest number.
@@ -33,14 +35,13 @@ HALF = 1e-3
 
 
 @pytest.fixture(scope="module")
-def kinds(cluster, model, texts, tmp_path_factory):
+def kinds(cluster, texts, tmp_path_factory):
     """Models, adapters, the texts that are short enough for an encoder, and what vLLM alone makes of them."""
     folder = tmp_path_factory.mktemp("kinds")
+    model = make_tiny_model(folder / "writer", further=THINKING)
     labels = {"embed": None, "score": 1}
     models = {task: str(make_encoder(folder / task, number)) for task, number in labels.items()}
-    adapters = {
-        name: str(make_adapter(folder / name, Path(model), seed)) for seed, name in enumerate(("legal", "friendly"))
-    }
+    adapters = {name: str(make_adapter(folder / name, model, seed)) for seed, name in enumerate(("legal", "friendly"))}
     short = [text[: LENGTH - 40] for text in texts]
     prompts = [f"Say: {text}" for text in short]
     models["vision"] = str(make_tiny_vision_model(folder / "vision"))
@@ -57,7 +58,7 @@ def kinds(cluster, model, texts, tmp_path_factory):
     pq.write_table(pa.table({"text": short, "query": [QUERY] * ROWS}), source / "0.parquet")
     return SimpleNamespace(
         folder=folder,
-        model=model,
+        model=str(model),
         models=models,
         adapters=adapters,
         truth=SimpleNamespace(**truth),
@@ -77,7 +78,7 @@ def deployed(cluster, engine, kinds):
     adapters = {**kinds.adapters, "legal": f"s3://{BUCKET}/legal"}
     # A parser takes chats apart, which is another way through vLLM.
     parsed = {**ENGINE_KWARGS, "reasoning_parser": "qwen3"}
-    specs = [_spec("embed", kinds.models["embed"], task="embed")]
+    specs = [_spec(task, kinds.models[task], task=task) for task in ("embed", "score")]
     allowed = [f"s3://{BUCKET}/photos", str(kinds.folder / "photos")]
     specs.append(_spec("seer", kinds.models["vision"], ENGINE_KWARGS, media={"allowed": allowed}))
     specs.append(_spec("writer", kinds.model, parsed, adapters=adapters, served_model_name="tiny"))
@@ -104,7 +105,8 @@ def infer(cluster, deployed, kinds, tmp_path):
     return run
 
 
-def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds):
+@pytest.mark.parametrize("block_rows", BLOCKS)
+def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds, block_rows):
     """As lists of one size, with vLLM's own count of tokens; two texts have the cosine of their embeddings.
 
     A text that is cut has the embedding of what is left, and is counted.
@@ -115,7 +117,7 @@ def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds):
         {"embed": "${text}", "output_column": "cut", **CUT},
         {"embed": "${text}", "output_column": "raw", "normalize": False, "vector_type": "float16"},
     ]
-    report, found = infer("embed", steps=steps)
+    report, found = infer("embed", steps=steps, block_rows=block_rows)
     vectors = np.array(found["vector"].to_pylist(), np.float32)
 
     assert found.schema.field("vector").type == pa.list_(pa.float32(), 64)
@@ -130,13 +132,22 @@ def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds):
     assert (report["rows_written"], report["completion_tokens"], report["failures"]) == (ROWS, 0, {})
 
 
-def test_scores_and_classes_equal_offline_vllm(kinds):
+@pytest.mark.parametrize("block_rows", BLOCKS)
+def test_scores_and_classes_equal_offline_vllm(infer, kinds, block_rows):
     """Of a reranker, which knows one class, by the name that the model has for it."""
-    assert kinds.truth.own_score == pytest.approx(kinds.truth.score, abs=CLOSE)
-    assert [[probability] for ((_, probability),) in kinds.truth.own_classify] == [
+    steps = [
+        {"score": ["${query}", "${text}"], "output_column": "fits"},
+        {"classify": "${text}", "output_column": "classes", "probabilities": True},
+    ]
+    report, found = infer("score", steps=steps, block_rows=block_rows)
+
+    assert found["fits"].to_pylist() == pytest.approx(kinds.truth.score, abs=CLOSE)
+    classes = found["classes"].to_pylist()
+    assert [[one["probability"] for one in row] for row in classes] == [
         pytest.approx(row, abs=CLOSE) for row in kinds.truth.classify
     ]
-    assert {label for ((label, _),) in kinds.truth.own_classify} == {LABEL}
+    assert {one["label"] for row in classes for one in row} == {LABEL}
+    assert (report["rows_written"], report["completion_tokens"], report["failures"]) == (ROWS, 0, {})
 
 
 def test_a_text_beyond_the_model_is_one_rows_fault(infer, tmp_path):
@@ -196,14 +207,27 @@ def _seen(image):
     ]
 
 
-def test_an_engine_with_a_parser_keeps_the_reasoning(infer, kinds):
-    """An answer that is nothing but a thought that was cut off has failed; what was thought is a column else."""
-    messages = [{"role": "user", "content": "${text}"}]
-    # The first answer that is sampled would compile vLLM's sampler for CPUs, for half a minute.
-    asked = {"messages": messages, "max_tokens": 8, "limit": 40, "max_failed_fraction": 1, "temperature": 0}
-    report, found = infer("writer", keep=["reasoning", "token_ids"], **asked)
+def test_reasoning_equals_offline_vllm(infer, kinds):
+    """As vLLM's parser takes it apart; an answer that is nothing but a thought that was cut off has failed."""
+    asked = {"messages": [{"role": "user", "content": "${text}"}], "max_tokens": THOUGHT_TOKENS, "temperature": 0}
+    report, found = infer(
+        "writer",
+        keep=["reasoning", "token_ids"],
+        extra_body={"logit_bias": kinds.truth.bias},
+        max_failed_fraction=1,
+        **asked,
+    )
+    cut = [one for one in kinds.truth.thoughts if one["finish_reason"] == "length" and not one["said"]]
+    whole = [one for one in kinds.truth.thoughts if one not in cut]
 
-    assert report["rows_written"] + report["failures"].get("answer_cut_off", 0) == 40
-    for row in found.to_pylist():
-        assert row["response"] or row["response_reasoning"] is not None or row["raylm_finish_reason"] == "stop"
-        assert len(row["response_token_ids"]) == row["raylm_completion_tokens"]
+    columns = {
+        "response": "said",
+        "response_reasoning": "reasoning",
+        "response_token_ids": "token_ids",
+        "raylm_finish_reason": "finish_reason",
+    }
+    assert found.select(list(columns)).to_pylist() == [
+        {column: one[name] for column, name in columns.items()} for one in whole
+    ]
+    assert report["failures"] == {"answer_cut_off": len(cut)}
+    assert len({(one["reasoning"], one["said"]) for one in whole}) > ROWS / 4, "answers must tell rows apart"
