@@ -9,7 +9,7 @@ from collections import Counter
 from airflow_provider_raylm.cli.chosen import Subject, engine_for
 from airflow_provider_raylm.cli.connections import opened
 from airflow_provider_raylm.cli.console import complain, say, table
-from airflow_provider_raylm.cli.estimates import CONFIDENCE, Range, engine_seconds, gpus_of, total
+from airflow_provider_raylm.cli.estimates import CONFIDENCE, Range, engine_seconds, total
 from airflow_provider_raylm.cli.preview import MOST_ROWS
 from airflow_provider_raylm.compat import AirflowException
 from airflow_provider_raylm.errors import SpecError
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not report.counts:
         return 0
     _show_sample(report)
-    _show_estimate(report, subject, _price(subject.conn_id))
+    _show_estimate(report, ref.gpus_per_replica, subject.conn_id)
     return 0 if any(one.reason is None for one in report.counts) else 1
 
 
@@ -65,16 +65,17 @@ def _show_sample(report: PreviewReport) -> None:
     say(f"sample: {len(counts)} rows in {report.seconds:.1f} s, {failures.total()} failed{told}")
 
 
-def _show_estimate(report: PreviewReport, subject: Subject, price: float | None) -> None:
+def _show_estimate(report: PreviewReport, gpus_per_replica: float, conn_id: str) -> None:
     rows = report.plan.rows or 0
+    price = _price(conn_id)
     seconds = engine_seconds(report, rows)
     figures = [
         ("tokens in", total([one.prompt_tokens for one in report.counts], rows), 0),
         ("tokens out", total([one.completion_tokens for one in report.counts], rows), 0),
         ("engine hours", seconds.times(1 / _HOUR), 2),
     ]
-    spec = subject.engine
-    gpus = gpus_of(spec, report.replicas) if spec is not None else 0.0
+    # Of the engine that was asked, which may be another than the DAG's: its pace is that of its GPUs.
+    gpus = gpus_per_replica * report.replicas
     if gpus:
         hours = seconds.times(gpus / _HOUR)
         figures.append(("GPU hours", hours, 2))
@@ -84,10 +85,8 @@ def _show_estimate(report: PreviewReport, subject: Subject, price: float | None)
     table(("", "EXPECTED", "FROM", "TO"), [(name, *_figures(found, digits)) for name, found, digits in figures])
     say()
     say(f"Of {CONFIDENCE:.0%} of such samples the ranges hold. Hours are those of work: an engine has to start before.")
-    if spec is None:
-        complain("The engine is deployed elsewhere, so how many GPUs it holds is not known here.")
-    elif gpus and price is None:
-        complain(f"For a price, set price_per_gpu_hour in the extra of the connection {subject.conn_id}.")
+    if gpus and price is None:
+        complain(f"For a price, set price_per_gpu_hour in the extra of the connection {conn_id}.")
 
 
 def _price(conn_id: str) -> float | None:

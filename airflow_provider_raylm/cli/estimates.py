@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, mean, stdev
 
-from airflow_provider_raylm.specs import EngineSpec
 from airflow_provider_raylm.specs.previews import PreviewReport
 
 CONFIDENCE = 0.95
@@ -68,8 +67,3 @@ def engine_seconds(report: PreviewReport, rows: int) -> Range:
     pace = report.seconds / len(seconds)
     full = min(middle / report.capacity, pace)
     return Range(rows * full * max(1 - apart, 0.0), rows * pace * (1 + apart))
-
-
-def gpus_of(spec: EngineSpec, replicas: int) -> float:
-    """Return how many GPUs an engine holds."""
-    return replicas * spec.workers * spec.gpus_per_worker

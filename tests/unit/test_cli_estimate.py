@@ -7,7 +7,6 @@ import pytest
 
 from airflow_provider_raylm.cli import estimates
 from airflow_provider_raylm.cli.main import main
-from airflow_provider_raylm.specs import EngineSpec
 from airflow_provider_raylm.specs.previews import PlanReport, PreviewReport
 from tests.unit.test_cli_preview import deploy, fake
 
@@ -60,11 +59,6 @@ def test_hours_lie_between_a_full_engine_and_the_samples_own_pace():
     assert apart.high > 200
 
 
-def test_an_engine_holds_the_gpus_of_all_its_workers():
-    spec = EngineSpec(name="e", model="m", tensor_parallel_size=2, gpus_per_worker=0.75)
-    assert estimates.gpus_of(spec, 3) == 4.5
-
-
 def estimated(capsys, *options):
     """Return the exit status and what was printed, by the first words of a line."""
     status = main(["estimate", "d", "label", *options])
@@ -89,6 +83,28 @@ def test_an_estimate_with_a_price(fake, monkeypatch, capsys):
     price = next(line.split() for line in lines if line.startswith("price"))
     # 0.5 s a row: 256 at a time, or ten at a time as in the sample, of one GPU at a unit per second.
     assert price == ["price", f"{1_000 * 0.5 / 256:.2f}", f"{1_000 * 0.5 / 10:.2f}"]
+
+
+def test_the_gpus_are_those_of_the_engine_that_was_asked(fake, tmp_path, monkeypatch, capsys):
+    """Of one that the DAG does not deploy itself, or would deploy with fewer GPUs: its pace is that of its own."""
+    monkeypatch.setenv("AIRFLOW_CONN_RAYLM_DEFAULT", "raylm://h")
+    deploy(fake, engine="large", dag_id="other", tensor_parallel_size=4)
+
+    def hours(*options):
+        status, lines, _ = estimated(capsys, "--engine", "large", "--sample", "10", *options)
+        assert status == 0
+        return next(line.split()[-1] for line in lines if line.startswith("GPU hours"))
+
+    large = f"{4 * 1_000 * 0.5 / 10 / 3_600:.1g}"
+    assert hours() == large
+    (tmp_path / "dag.py").write_text(
+        "from airflow.sdk import DAG\n"
+        "from airflow_provider_raylm.operators.raylm import BatchInferenceOperator\n"
+        "with DAG('d', schedule=None):\n"
+        "    batch = {'source': '/in', 'prompt': 'p', 'output': '/out'}\n"
+        "    BatchInferenceOperator(task_id='label', engine='{{ params.engine }}', batch=batch)\n"
+    )
+    assert hours() == large
 
 
 def test_no_price_without_one(fake, monkeypatch, capsys):

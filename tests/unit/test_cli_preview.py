@@ -36,9 +36,9 @@ def fake(monkeypatch, tmp_path):
         yield fake
 
 
-def deploy(fake, run_id="manual__1", engine="e", dag_id="d", model="m"):
+def deploy(fake, run_id="manual__1", engine="e", dag_id="d", model="m", **fields):
     labels = {"installation": installation(), "dag_id": dag_id, "run_id": run_id, "engine": engine}
-    payload = {"engine": {"name": engine, "model": model}, "labels": labels, "replace": False}
+    payload = {"engine": {"name": engine, "model": model, **fields}, "labels": labels, "replace": False}
     assert fake.submit(JobRequest(f"deploy-{run_id}-{dag_id}-{engine}", "deploy", payload))
     return next(reversed(fake.engines))
 
