@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_raylm.cli.jobs import run_verb
+from airflow_provider_raylm.cli.tasks import authors_own
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
 from airflow_provider_raylm.packages import pack
 from airflow_provider_raylm.ray_jobs import RayJobs
@@ -115,7 +116,9 @@ def trial(task: BatchInferenceOperator, context: Context, ref: EngineRef | None 
         SpecError: what was given does not fit.
     """
     task.engine = (ref or _NO_ENGINE).model_dump(mode="json")
-    command = task.command(context)
+    # Prompts in files are rendered only here.
+    with authors_own(task):
+        command = task.command(context)
     batch = build(BatchSpec, command.payload["batch"])
     names = {"dag_id": task.dag_id, "task_id": task.task_id}
     return Trial(batch, command, task.raylm_conn_id, names, Path(task.dag.fileloc).parent)

@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import sys
+import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from airflow.sdk.api.datamodels._generated import DagRun, TIRunContext
 from airflow.sdk.definitions.mappedoperator import MappedOperator
+from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.sdk.execution_time.context import context_update_for_unmapped
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
-from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.compat import AirflowException
+from airflow_provider_raylm.errors import RayLMError, SpecError
 from airflow_provider_raylm.operators.base import RayLMOperator
 from airflow_provider_raylm.operators.engines import DeployEngineOperator
 from airflow_provider_raylm.operators.places import plain
@@ -143,7 +146,8 @@ def rendered(
     inferring = cast("BatchInferenceOperator", one)
     inferring.redeploy = None
     if call:
-        inferring.settle(context)
+        with authors_own(task):
+            inferring.settle(context)
     if changed:
         inferring.batch = {**plain(inferring.batch), **changed}
     return inferring, context
@@ -173,6 +177,27 @@ def deploy_of(task: Task) -> DeployEngineOperator | None:
 
 
 @contextmanager
+def authors_own(task: Task) -> Iterator[None]:
+    """Let what goes wrong in a template, a macro or a function of a DAG be an error of the DAG's, not of the command's.
+
+    Raises:
+        SpecError: something did; the text says where.
+        AirflowException: this Airflow does not know a variable or connection.
+    """
+    try:
+        yield
+    except (RayLMError, AirflowException):
+        raise
+    except AirflowRuntimeError as error:
+        raise AirflowException(str(error)) from error
+    except Exception as error:
+        file = Path(task.dag.fileloc)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f" ({file.name}, line {lines[-1]})" if lines else ""
+        raise SpecError(f"{task.task_id} cannot be rendered{where}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Airflow's log, and what files of DAGs print, out of the results; errors are raised, too."""
     before = logging.root.manager.disable
@@ -186,19 +211,31 @@ def _quiet() -> Iterator[None]:
 
 def _rendered(task: Task, moment: Moment, without: Sequence[str] = ()) -> tuple[BaseOperator, Context]:
     instance = _instance(task, moment)
-    context = instance.get_template_context()
-    seen: set[int] = set()
-    if isinstance(task, MappedOperator):
-        mapped, seen = task._expand_mapped_kwargs(context)
-        one: BaseOperator = task.unmap(mapped)
-        context_update_for_unmapped(context, one)
-    else:
-        one = copy.copy(task)
-    fields = [name for name in one.template_fields if name not in without]
-    # What Airflow does for a task that runs, for fewer fields: an engine that is not there cannot be told.
-    with _quiet():
-        one._do_render_template_fields(one, fields, context, one.get_template_env(), seen)
+    with authors_own(task):
+        context = instance.get_template_context()
+        one, seen = _instance_of(task, context, moment.map_index)
+        fields = [name for name in one.template_fields if name not in without]
+        # What Airflow does for a task that runs, for fewer fields: an engine that is not there cannot be told.
+        with _quiet():
+            one._do_render_template_fields(one, fields, context, one.get_template_env(), seen)
     return one, context
+
+
+def _instance_of(task: Task, context: Context, map_index: int) -> tuple[BaseOperator, set[int]]:
+    """Return a task, or an instance of a mapped one, and which of its values are rendered already.
+
+    Raises:
+        SpecError: there is no such instance.
+    """
+    if not isinstance(task, MappedOperator):
+        return copy.copy(task), set()
+    try:
+        mapped, seen = task._expand_mapped_kwargs(context)
+    except IndexError:
+        raise SpecError(f"{task.task_id} has no instance {map_index}: fewer are mapped.") from None
+    one: BaseOperator = task.unmap(mapped)
+    context_update_for_unmapped(context, one)
+    return one, seen
 
 
 class _Instance(RuntimeTaskInstance):
@@ -234,10 +271,9 @@ class _Instance(RuntimeTaskInstance):
 
 def _instance(task: Task, moment: Moment) -> RuntimeTaskInstance:
     at = moment.logical_date
-    run_id = f"manual__{at.isoformat()}"
+    names = {"dag_id": task.dag_id, "run_id": f"manual__{at.isoformat()}"}
     of_run: dict[str, Any] = {
-        "dag_id": task.dag_id,
-        "run_id": run_id,
+        **names,
         **dict.fromkeys(("logical_date", "data_interval_start", "data_interval_end", "run_after", "start_date"), at),
         "end_date": None,
         "clear_number": 0,
@@ -249,10 +285,9 @@ def _instance(task: Task, moment: Moment) -> RuntimeTaskInstance:
     }
     mapped = isinstance(task, MappedOperator) or task.get_closest_mapped_task_group() is not None
     of_task: dict[str, Any] = {
+        **names,
         "id": uuid.uuid4(),
         "task_id": task.task_id,
-        "dag_id": task.dag_id,
-        "run_id": run_id,
         "try_number": 1,
         "map_index": moment.map_index if mapped else -1,
         "task": task,

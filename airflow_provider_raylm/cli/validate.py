@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from airflow_provider_raylm.cli.connections import opened
 from airflow_provider_raylm.cli.console import complain, cut, say
 from airflow_provider_raylm.cli.sources import Trial, trial
@@ -45,10 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
             name = f"{dag.dag_id}.{task.task_id}"
             try:
                 note = _checked(task, arguments)
-            # What Jinja, a macro or a spec says of what the author wrote.
-            except (RayLMError, TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            except RayLMError as error:
                 wrong += 1
-                say(f"error  {name}: {cut(str(error), _NOTE_CHARACTERS) or type(error).__name__}")
+                say(f"error  {name}: {cut(str(error), _NOTE_CHARACTERS)}")
             else:
                 say(f"ok     {name}{note and f': {note}'}")
     complain(f"{len(dags)} DAGs, {count} tasks of this package, {wrong} errors")

@@ -98,16 +98,51 @@ def test_a_file_that_cannot_be_imported(fake, tmp_path, capsys):
     assert any("No module named 'nothing_of_this_name'" in line for line, kind in lines.items() if kind == "error")
 
 
-def test_what_this_airflow_cannot_tell_is_no_error(fake, tmp_path, capsys, airflow_db):
-    """A variable that is elsewhere, and a parameter that a run has to tell."""
-    body = """
-    engine.infer("var", source="{{ var.value.not_here }}", prompt="p", output="/out/v")
-    dag.params["told"] = Param(type="string")
+@pytest.mark.parametrize(
+    ("source", "more"),
+    [
+        ("{{ var.value.not_here }}", ""),
+        ("{{ conn.not_here.host }}", ""),
+        ("/in", 'dag.params["told"] = Param(type="string")'),
+    ],
+)
+def test_what_this_airflow_cannot_tell_is_no_error(fake, tmp_path, capsys, airflow_db, source, more):
+    """A variable or a connection that is elsewhere, and a parameter that a run has to tell."""
+    body = f"""
+    engine.infer("var", source="{source}", prompt="p", output="/out/v")
+    {more}
     """
     status, lines = validated(tmp_path, capsys, body)
 
     assert status == 0
     assert [kind for line, kind in lines.items() if line.startswith("d.var: as far as is known")] == ["ok"]
+
+
+def test_whatever_a_template_does_hides_no_other_task(fake, tmp_path, capsys):
+    """Each has its line, which says what went wrong: in Jinja, in a macro of the author's, in a prompt's file."""
+    (tmp_path / "in.jinja").write_text("{{ 1 / 0 }}")
+    body = """
+    engine.infer("zero", source="/in/{{ 1 / 0 }}", prompt="p", output="/out/a")
+    engine.infer("absent", source="/in/{{ dag_run.conf.x.y }}", prompt="p", output="/out/b")
+    engine.infer("macro", source="/in/{{ own() }}", prompt="p", output="/out/c")
+    engine.infer("file", source="/in", prompt_file="{{ params.folder[1:] }}.jinja", output="/out/d")
+    engine.infer("good", source="/in", prompt="p", output="/out/e")
+
+    def own():
+        raise OSError("no such place")
+
+    dag.user_defined_macros = {"own": own}
+    """
+    status, lines = validated(tmp_path, capsys, body)
+    found = {line.split(":")[0]: (kind, line.partition(": ")[2]) for line, kind in lines.items()}
+
+    assert status == 1
+    assert found["d.good"] == ("ok", "")
+    assert found["d.zero"] == ("error", "zero cannot be rendered: ZeroDivisionError: division by zero")
+    assert found["d.absent"][1].startswith("absent cannot be rendered: UndefinedError: ")
+    assert found["d.macro"][1].startswith("macro cannot be rendered (dag.py, line ")
+    assert found["d.macro"][1].endswith("OSError: no such place")
+    assert found["d.file"] == ("error", "file cannot be rendered: ZeroDivisionError: division by zero")
 
 
 def test_sources_are_looked_at_on_request(fake, tmp_path, capsys):
@@ -179,6 +214,31 @@ def test_instances_of_mapped_tasks(tmp_path):
         one(tmp_path, body, "told", tasks.Moment())
     given = {"places": [{"source": "/a", "output": "/b"}]}
     assert one(tmp_path, body, "told", tasks.Moment(xcoms=given)).batch["source"] == "/a"
+
+
+def test_what_is_given_for_a_mapped_task_has_to_fit(tmp_path):
+    """An instance that is not there, and a result that nothing can be mapped over."""
+    body = """
+    engine.infer.partial("fixed", prompt="p").expand_kwargs([{"source": "/in/0", "output": "/o/0"}])
+    engine.infer.partial("told", prompt="p").expand_kwargs(listed)
+    """
+    with pytest.raises(SpecError, match="fixed has no instance 1"):
+        one(tmp_path, body, "fixed", tasks.Moment(map_index=1))
+    with pytest.raises(SpecError, match="told cannot be rendered: ValueError: .* not dict"):
+        one(tmp_path, body, "told", tasks.Moment(xcoms={"places": {"source": "/a"}}))
+
+
+def test_a_function_that_fails_is_named_by_its_line(tmp_path):
+    """It is the author's code, and no fault of the command."""
+    body = """
+    @engine.task
+    def reply():
+        return {}["nothing"]
+
+    reply()
+    """
+    with pytest.raises(SpecError, match=r"reply cannot be rendered \(dag.py, line \d+\): KeyError: 'nothing'"):
+        one(tmp_path, body, "reply", tasks.Moment())
 
 
 def test_the_function_of_a_decorated_task_is_called_on_request(tmp_path):
