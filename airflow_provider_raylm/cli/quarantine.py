@@ -6,7 +6,7 @@ import argparse
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         reasons: Counter[str] = Counter()
         examples: dict[str, list[Row]] = {}
         for part in parts:
-            _count(_read(part), reasons, examples, arguments.examples)
+            _count(part, reasons, examples, arguments.examples)
     if not reasons:
         say(f"no failed rows in {quarantine}")
         return 0
@@ -79,17 +79,18 @@ def _found(path: str) -> tuple[Place | None, str, list[Place]]:
     path = path.rstrip("/") or path
     place = Place(path)
     below = [name.removeprefix(f"{place.path}/") for name in place.files()]
-    if not below:
-        raise BatchError(
-            f"There is nothing at {path}. Name a task's output, or its quarantine; a quarantine without failed rows is "
-            "no folder on an object store."
-        )
     if "_manifest.json" in below or any(name.startswith(f"{_FOLDER}/{_PART}") for name in below):
         own = _manifest(place).get("spec", {}).get("quarantine")
         folder = Place(own) if own else place.below(_FOLDER)
         return place, folder.uri, _parts(folder)
+    parts = _parts(place)
+    if not parts:
+        raise BatchError(
+            f"There is nothing at {path} that a task has written. Name a task's output, or its quarantine; a "
+            "quarantine without failed rows is no folder on an object store."
+        )
     output = Place(path.removesuffix(f"/{_FOLDER}")) if path.endswith(f"/{_FOLDER}") else None
-    return output, path, _parts(place)
+    return output, path, parts
 
 
 def _parts(folder: Place) -> list[Place]:
@@ -115,31 +116,39 @@ def _manifest(output: Place) -> dict[str, Any]:
         raise
 
 
-def _read(part: Place) -> pa.Table:
-    """Return the rows of a part.
+def _read(part: Place) -> tuple[list[str], Callable[[int], Row]]:
+    """Return the reasons of a part's rows, and what gives the texts of one of them.
 
     Raises:
         BatchError: it cannot be read, or holds no failed rows.
     """
-    import pyarrow.json
     import pyarrow.parquet as pq
 
     from airflow_provider_raylm.cluster.batch.storage import reading
 
-    with reading(part.uri, "failed rows"):
-        content = io.BytesIO(part.read())
-        rows = pyarrow.json.read_json(content) if part.uri.endswith(".jsonl") else pq.read_table(content)
-    if REASON not in rows.column_names:
-        raise BatchError(f"{part.uri} has answers, not failed rows: name the task's output, or its quarantine.")
-    return rows
+    try:
+        with reading(part.uri, "failed rows"):
+            if part.uri.endswith(".jsonl"):
+                # Not by pyarrow, which bounds the length of a line: a prompt that is too long is a failed row.
+                rows = [json.loads(line) for line in part.read().splitlines()]
+                return [row[REASON] for row in rows], lambda at: {name: str(one) for name, one in rows[at].items()}
+            table = pq.read_table(io.BytesIO(part.read()))
+            return table[REASON].to_pylist(), lambda at: {
+                name: _text(table[name].slice(at, 1)) for name in table.column_names
+            }
+    except KeyError:
+        raise BatchError(
+            f"{part.uri} has answers, not failed rows: name the task's output, or its quarantine."
+        ) from None
 
 
-def _count(rows: pa.Table, reasons: Counter[str], examples: dict[str, list[Row]], most: int) -> None:
-    for number, reason in enumerate(rows[REASON].to_pylist()):
+def _count(part: Place, reasons: Counter[str], examples: dict[str, list[Row]], most: int) -> None:
+    told, row = _read(part)
+    for at, reason in enumerate(told):
         reasons[reason] += 1
         kept = examples.setdefault(reason, [])
         if len(kept) < most:
-            kept.append({name: _text(rows[name].slice(number, 1)) for name in rows.column_names})
+            kept.append(row(at))
 
 
 def _text(cell: pa.ChunkedArray) -> str:

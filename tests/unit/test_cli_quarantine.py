@@ -1,5 +1,7 @@
 """What `raylm quarantine` shows of failed rows that a task wrote."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -69,6 +71,33 @@ def test_no_failed_rows(tmp_path, capsys):
 
     assert main(["quarantine", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"no failed rows in {tmp_path}/out/_quarantine\n"
+
+
+def test_rows_of_json_lines_are_shown_as_they_are_written(tmp_path, capsys):
+    """However long: what was longer than the model's context is a failed row; and a text that looks like a date."""
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"day": "2026-01-01", "text": f"bad {'x' * 3_000_000}"}) + "\n")
+    spec = BatchSpec(
+        source=str(source),
+        prompt="${text}",
+        output=str(tmp_path / "out"),
+        output_format="jsonl",
+        max_failed_fraction=1,
+    )
+    assert attempt(spec).rows_quarantined == 1
+
+    assert main(["quarantine", spec.output]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "    day: 2026-01-01" in lines
+    assert any(line.startswith("    text: bad xxx") for line in lines)
+
+
+@pytest.mark.parametrize("place", ["", "in.txt"])
+def test_what_is_neither_an_output_nor_a_quarantine_is_not_said_to_have_no_failed_rows(tmp_path, capsys, place):
+    """Such as the folder of several tasks' outputs: there are failed rows below it."""
+    task(tmp_path)
+    assert main(["quarantine", str(tmp_path / place)]) == 1
+    assert "that a task has written. Name a task's output" in capsys.readouterr().err
 
 
 def test_a_place_without_a_quarantine(tmp_path, capsys):
