@@ -159,17 +159,19 @@ COMMANDS = (
 
 def call(command: Command, arguments: argparse.Namespace) -> int:
     """Run a command and return its exit status; an error that it expects is one sentence on stderr."""
+    from airflow_provider_raylm.cli.console import accept_any_text, complain
     from airflow_provider_raylm.compat import AirflowException
     from airflow_provider_raylm.errors import RayLMError
 
+    accept_any_text()
     try:
         with _as_airflows_own():
             status: int = import_module(f"airflow_provider_raylm.cli.{command.name}").run(arguments)
     except (RayLMError, AirflowException) as error:
-        sys.stderr.write(f"{error}\n")
+        complain(str(error))
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        complain("interrupted")
         return 130
     return status
 

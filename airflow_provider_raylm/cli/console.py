@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Of a line that goes to a file or another program; on a terminal its own width counts.
-_PIPED_WIDTH = 200
+# Of a table that goes to a file or another program, which takes a row for a line; a terminal has a width of its own.
+_PIPED_WIDTH = 10_000
+# Of which words are made in Persian, in the scripts of India, and in families of emoji; they hide nothing.
+_JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
+
+
+def accept_any_text() -> None:
+    """Let stdout write a question mark for what its encoding has no character for, instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def say(line: str = "") -> None:
@@ -30,18 +40,30 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for column in made.columns:
         column.overflow = "fold"
     for row in rows:
-        made.add_row(*(Text(safe(str(cell))) for cell in row))
+        made.add_row(*(Text(safe(one_line(str(cell)))) for cell in row))
     _console().print(made)
 
 
 def safe(text: str) -> str:
     """Return *text* without what moves a cursor, sets a title or hides a word: rows and answers are anybody's text."""
-    return "".join(one if one.isprintable() or one == "\n" else "\N{REPLACEMENT CHARACTER}" for one in _spaced(text))
+    return "".join(map(_harmless, text.replace("\t", "    ")))
+
+
+def _harmless(one: str) -> str:
+    if one.isprintable() or one == "\n" or one in _JOINERS:
+        return one
+    # Such as those that Japanese and French have between words.
+    return " " if unicodedata.category(one) == "Zs" else "\N{REPLACEMENT CHARACTER}"
+
+
+def one_line(text: str) -> str:
+    """Return *text* in one line: a name of two would pass for two lines of the command's own."""
+    return " ".join(text.split())
 
 
 def cut(text: str, most: int) -> str:
     """Return *text* in one line of *most* characters at most."""
-    line = " ".join(text.split())
+    line = one_line(text)
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
@@ -54,10 +76,6 @@ def duration(seconds: float) -> str:
     if seconds < _DAY:
         return f"{seconds // _HOUR:.0f} h {seconds % _HOUR // _MINUTE:.0f} min"
     return f"{seconds // _DAY:.0f} d {seconds % _DAY // _HOUR:.0f} h"
-
-
-def _spaced(text: str) -> str:
-    return text.replace("\t", "    ")
 
 
 def _console() -> Console:

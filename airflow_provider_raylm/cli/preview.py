@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from airflow_provider_raylm.cli.chosen import Subject, engine_for
 from airflow_provider_raylm.cli.connections import opened
-from airflow_provider_raylm.cli.console import cut, say
+from airflow_provider_raylm.cli.console import cut, one_line, say
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.sealing import new_pad, unseal
 from airflow_provider_raylm.specs import build
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(row: PreviewRow, counts: RowCounts, *, full: bool) -> None:
-    say(f"row {row.row_id}")
+    say(f"row {one_line(row.row_id)}")
     for asked in row.asked:
         _text("asked", asked, full)
     for column, answer in row.answer.items():

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from airflow_provider_raylm.cli.console import cut, say, table
+from airflow_provider_raylm.cli.console import cut, one_line, say, table
 from airflow_provider_raylm.credentials import storage_of
 from airflow_provider_raylm.errors import BatchError
 from airflow_provider_raylm.specs import RESERVED_PREFIX
@@ -160,10 +160,10 @@ def _text(cell: pa.ChunkedArray) -> str:
 
 
 def _show(reason: str, row: Row) -> None:
-    say(f"{reason}, row {row[ROW_ID]}: {cut(row[MESSAGE], _MESSAGE_CHARACTERS)}")
+    say(f"{one_line(reason)}, row {one_line(row[ROW_ID])}: {cut(row[MESSAGE], _MESSAGE_CHARACTERS)}")
     for name, value in row.items():
         if name not in (REASON, MESSAGE, ROW_ID):
-            say(f"    {name}: {cut(value, _VALUE_CHARACTERS)}")
+            say(f"    {one_line(name)}: {cut(value, _VALUE_CHARACTERS)}")
 
 
 def _advice(state: str, quarantine: str) -> str:

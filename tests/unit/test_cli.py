@@ -228,8 +228,39 @@ def test_airflow_has_the_same_commands(fake, airflow_db, capsys):
 def test_text_of_rows_moves_no_cursor():
     """Answers and messages are anybody's text."""
     assert safe("a\x1b[2Jb\tc\nd\x07é\u202e") == "a\ufffd[2Jb    c\nd\ufffdé\ufffd"
+    # Spaces of other widths are spaces, and what words are joined with is part of them.
+    words = "10\N{NO-BREAK SPACE}000\N{IDEOGRAPHIC SPACE}\u06cc\N{ZERO WIDTH NON-JOINER}\u062f"
+    assert safe(words) == "10 000 \u06cc\N{ZERO WIDTH NON-JOINER}\u062f"
     assert cut("one\ntwo  three", 9) == "one two …"
     assert [duration(one) for one in (5, 120, 3_700, 90_000)] == ["5 s", "2 min", "1 h 1 min", "1 d 1 h"]
+
+
+def test_an_engine_has_one_line(fake, airflow_db, capsys):
+    """Where another program reads it, however long its names are, and whatever is in them."""
+    deploy(fake, "manual__1\nraylm_default raylm-forged-0123456789", dag_id="nightly_" * 30)
+
+    assert main(["engines"]) == 0
+    (row,) = capsys.readouterr().out.splitlines()[1:]
+    assert "nightly_" * 30 in row
+
+
+def test_an_error_moves_no_cursor(fake, airflow_db, capsys):
+    """It may quote what a cluster or a proxy before it says."""
+    deploy(fake, "manual__1")
+    fake.fail("", EngineError("\x1b]0;title\x07gone"))
+
+    assert main(["engines", "stop", "reviewer", "--yes"]) == 1
+    assert capsys.readouterr().err.endswith("\ufffd]0;title\ufffdgone\n")
+
+
+def test_a_terminal_of_another_encoding_shows_what_it_can(fake, airflow_db, monkeypatch):
+    """The rest is a question mark: the rows have been paid for."""
+    deploy(fake, "größe")
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+
+    assert main(["engines"]) == 0
+    assert b"gr??e" in written.getvalue()
 
 
 def test_the_worker_without_pyarrow_is_told_what_to_install(monkeypatch, capsys):

@@ -115,12 +115,12 @@ def test_a_place_without_a_quarantine(tmp_path, capsys):
 def test_values_that_python_does_not_know_are_shown_by_their_type(tmp_path, capsys):
     """A column that nobody needed passes by whatever is in it."""
     bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
-    rows = {"raw": bad, "raylm_reason": ["timeout"], "raylm_message": ["\x1b[2J late"], "raylm_row_id": ["7"]}
+    rows = {"raw": bad, "raylm_reason": ["timeout"], "raylm_message": ["\x1b[2J late"], "raylm_row_id": ["7\nrow 8"]}
     pq.write_table(pa.table(rows), tmp_path / "part-00000-000000000-1.parquet")
 
     assert main(["quarantine", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "timeout, row 7: \ufffd[2J late" in lines
+    assert "timeout, row 7 row 8: \ufffd[2J late" in lines
     assert "    raw: (string)" in lines
 
 
