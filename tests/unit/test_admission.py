@@ -136,6 +136,27 @@ def test_who_waits_hears_that_the_replica_lives():
     ]
 
 
+@pytest.mark.parametrize("failing", [False, True])
+def test_no_answer_is_lost_while_a_part_is_handed_over(failing):
+    """Serve may take its time for each: rows that end meanwhile come with the next part, also before an error."""
+
+    async def fail(enter):
+        async with enter():
+            await asyncio.sleep(2.5)
+            raise EngineError("it died")
+
+    async def test(replica):
+        found = []
+        with replica.admission.block("t", alone=False) as enter, suppress(EngineError):
+            rows = [replica.row(0.5), replica.row(2), *[fail] * failing]
+            async for part in in_parts("r", rows, replica.admission, enter):
+                found += [number for number, _ in part.outcomes]
+                await asyncio.sleep(3)
+        return found
+
+    assert on_a_replica(8, test)[0] == [0, 1]
+
+
 def test_rows_that_are_given_up_leave_no_trace():
     """Whether they waited, were inside, wanted to be alone, or were let in at that moment."""
 

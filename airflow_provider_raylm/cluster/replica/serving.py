@@ -36,12 +36,16 @@ async def in_parts(replica: str, rows: Sequence[Row], admission: Admission, door
     block = _Block(len(rows))
     tasks = [asyncio.create_task(block.work(number, row, partial(door, block.note))) for number, row in enumerate(rows)]
     try:
-        while block.left and block.error is None:
+        over = block.over
+        while not over:
             with suppress(TimeoutError):
                 await asyncio.wait_for(block.news.wait(), PART_PERIOD_S)
             block.news.clear()
+            # Before it is handed over: a row may end meanwhile.
+            over = block.over
             yield Part(replica, block.begun, block.take())
-            admission.require_open()
+            if not over:
+                admission.require_open()
         if block.error is not None:
             raise block.error
     finally:
@@ -66,6 +70,11 @@ class _Block:
         self.news = asyncio.Event()
         self._outcomes: list[tuple[int, Outcome]] = []
 
+    @property
+    def over(self) -> bool:
+        """Whether all rows have ended."""
+        return not self.left or self.error is not None
+
     async def work(self, number: int, row: Row, enter: Enter) -> None:
         """See one row through."""
         try:
@@ -74,7 +83,7 @@ class _Block:
         except Exception as error:
             self.error = self.error or error
         self.left -= 1
-        if not self.left or self.error is not None:
+        if self.over:
             self.news.set()
 
     def note(self) -> None:
