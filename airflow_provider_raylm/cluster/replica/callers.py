@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError
 
 # After an answer: the caller has done its work and is about to go, or it answers while it works.
 LOOK_PERIOD_S = 2.0
@@ -47,13 +47,13 @@ class Callers:
             while calls:
                 try:
                     await caller.__ray_ready__.remote()
-                except ActorUnavailableError:
-                    # Not to be reached for now: it may live.
-                    pass
                 except ActorDiedError:
                     for task in calls:
                         task.cancel()
                     return
+                except Exception:
+                    # Not to be reached for now, whatever the reason: it may live.
+                    pass
                 await asyncio.sleep(LOOK_PERIOD_S)
         finally:
             del self._calls[caller]
