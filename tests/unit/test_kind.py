@@ -9,9 +9,9 @@ from typing import ClassVar
 import pyarrow as pa
 
 from airflow_provider_raylm.cluster.batch import rows
-from airflow_provider_raylm.cluster.batch.asking import once
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal, Request
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
+from airflow_provider_raylm.cluster.batch.repeats import once
 from airflow_provider_raylm.cluster.batch.rows import EngineTraits
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer
 from airflow_provider_raylm.cluster.replica import questions

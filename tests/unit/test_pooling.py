@@ -8,10 +8,10 @@ import pytest
 from airflow.sdk import DAG
 
 from airflow_provider_raylm.authoring import shared_engine
-from airflow_provider_raylm.cluster.batch.asking import once
 from airflow_provider_raylm.cluster.batch.encoding import encode
 from airflow_provider_raylm.cluster.batch.exchange import Answer, RowError
 from airflow_provider_raylm.cluster.batch.fragments import ROW_ID
+from airflow_provider_raylm.cluster.batch.repeats import once
 from airflow_provider_raylm.cluster.batch.rows import EngineTraits, compile_step
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer, answer_schema
 from airflow_provider_raylm.errors import SpecError

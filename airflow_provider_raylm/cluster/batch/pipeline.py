@@ -26,10 +26,11 @@ from ray import serve
 from ray.data import ActorPoolStrategy, DataContext
 
 from airflow_provider_raylm.cluster.batch.affinity import by_prefix
-from airflow_provider_raylm.cluster.batch.asking import Handle, once
+from airflow_provider_raylm.cluster.batch.asking import Handle
 from airflow_provider_raylm.cluster.batch.heartbeat import Say, Tell, heartbeat
 from airflow_provider_raylm.cluster.batch.loop import gathered
 from airflow_provider_raylm.cluster.batch.recovery import Recovery
+from airflow_provider_raylm.cluster.batch.repeats import once
 from airflow_provider_raylm.cluster.batch.report import COUNTS, Tally
 from airflow_provider_raylm.cluster.batch.rows import EngineTraits
 from airflow_provider_raylm.cluster.batch.stage import BlockAnswerer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray.exceptions import ActorDiedError
@@ -45,15 +45,14 @@ class Callers:
     async def _watch(self, caller: Any, calls: set[asyncio.Task[Any]]) -> None:
         try:
             while calls:
-                try:
-                    await caller.__ray_ready__.remote()
-                except ActorDiedError:
-                    for task in calls:
-                        task.cancel()
-                    return
-                except Exception:
-                    # Not to be reached for now, whatever the reason: it may live.
-                    pass
+                # Not to be reached for now, whatever the reason: it may live.
+                with suppress(Exception):
+                    try:
+                        await caller.__ray_ready__.remote()
+                    except ActorDiedError:
+                        for task in calls:
+                            task.cancel()
+                        return
                 await asyncio.sleep(LOOK_PERIOD_S)
         finally:
             del self._calls[caller]
