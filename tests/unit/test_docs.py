@@ -1,5 +1,6 @@
 """What the docs say is there: links, code blocks, DAGs, connections, tables of fields, metrics, manifests."""
 
+import argparse
 import ast
 import importlib
 import json
@@ -16,6 +17,7 @@ from airflow.dag_processing.bundles.manager import DagBundlesManager
 from airflow.sdk import BaseOperator
 
 from airflow_provider_raylm import specs
+from airflow_provider_raylm.cli.commands import COMMANDS
 from airflow_provider_raylm.cluster.batch.exchange import Answer, Refusal
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
 from airflow_provider_raylm.specs import build
@@ -463,8 +465,30 @@ def test_the_map_has_every_module():
     """By its path below the package; the last words of a row's first cell may leave the folder out."""
     table = (DOCS / "how-it-works.md").read_text().split("## Modules")[1]
     named = set(re.findall(r"`([\w/]+)(?:\.py|/)`", "".join(line.split(" | ")[0] for line in table.splitlines())))
+    # Those of the specs stand in the second cell.
+    (specs,) = re.findall(r"`specs/` \|.*:(.*) \|", table)
+    named |= {f"specs/{name}" for name in re.findall(r"\w+", specs)}
     modules = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
-    assert [str(one) for one in modules if not {str(one), one.name, one.parts[0]} & named] == []
+    assert [str(one) for one in modules if not {str(one), one.name} & named] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_commands_and_their_options_are_told(command):
+    """In the page's first table and a section; options, which `preview` and `estimate` share, anywhere on the page."""
+
+    def options(parser):
+        for action in parser._actions:
+            yield from action.option_strings
+            for inner in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
+                yield from options(inner)
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    page = (DOCS / "cli.md").read_text()
+
+    assert f"| [`{command.name}`](#{command.name}) |" in page
+    assert f"\n## {command.name}\n" in page
+    assert [name for name in options(parser) if name not in page and name not in ("-h", "--help")] == []
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/how-it-works.md"])
