@@ -213,6 +213,63 @@ def test_stopping_asks_first(show):
     assert errors(driver) == []
 
 
+def test_a_stop_waits_unless_told_otherwise(show):
+    """Also for tasks that the page has not seen yet; and what was said of one engine is not said of the next."""
+    cluster = Cluster()
+    cluster.deploy("first")
+    cluster.deploy("second")
+    driver = show({"ray_1": cluster})
+    until(lambda: len(driver.find_elements("css selector", ".engine")) == 2)
+    for left, wait in ((1, False), (0, True)):
+        click(driver, ".engine .danger")
+        if not wait:
+            click(driver, "#confirm-wait")
+        click(driver, "#confirm-yes")
+        until(lambda left=left: len(driver.find_elements("css selector", ".engine")) == left)
+
+    asked = [one.payload["on_busy"] for one in cluster.submitted if one.verb == "teardown"]
+    assert asked == ["delete", "wait"]
+
+
+def test_the_keyboards_focus_stays(show):
+    """While an engine before it goes, and progress comes; each button says what it does, and to what."""
+    cluster = Cluster()
+    first, second = cluster.deploy("first"), cluster.deploy("second")
+    name = cluster.work(second, records=records(3))
+    driver = show({"ray_1": cluster})
+    until(lambda: driver.find_elements("css selector", ".task"))
+    labels = [one.accessible_name for one in driver.find_elements("css selector", ".engine button")]
+    assert labels == ["Stop first of d", "Stop second of d", "Details of label"]
+    assert driver.find_element("css selector", "progress").accessible_name == "Rows done of label"
+    click(driver, ".task button")
+    until(lambda: driver.find_elements("css selector", ".panel svg polyline"))
+    driver.execute_script("document.querySelector('.panel .job').focus()")
+    del cluster._engines[first.application]
+    cluster.say(name, record(time.time() + 1, 77, 2000))
+    until(lambda: "77 of 2,000 rows" in text(driver) and "first" not in text(driver, "#connections"))
+    until(lambda: "77" in driver.execute_script("return JSON.stringify(answer)"))
+    time.sleep(0.5)
+
+    assert driver.execute_script("return document.activeElement.className") == "job"
+
+
+def test_who_is_logged_out_meanwhile_is_told_and_sees_nothing_more(show):
+    """And may log in by the keyboard: the link is not replaced with every poll."""
+    cluster = Cluster()
+    cluster.deploy()
+    driver = show({"ray_1": cluster})
+    until(lambda: "1 engine" in text(driver, "#summary"))
+    driver.delete_all_cookies()
+    until(lambda: "You are logged out" in text(driver, "#notice"))
+    driver.execute_script("document.querySelector('#notice a').focus()")
+    driver.execute_script("poll()")
+    time.sleep(0.5)
+
+    assert text(driver, "#summary") == ""
+    assert not driver.find_elements("css selector", ".engine")
+    assert driver.execute_script("return document.activeElement.textContent") == "Log in"
+
+
 def test_a_stop_that_is_under_way_is_shown(show):
     """By anybody's page, until the engine is gone."""
     cluster = Cluster()

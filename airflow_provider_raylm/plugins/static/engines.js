@@ -30,13 +30,14 @@ function set(node, text) {
 // Keep the children of *parent* that have the keys of *items*, in their order; make and update the others.
 function reconcile(parent, items, keyOf, make, update) {
   const there = new Map(Array.from(parent.children, (child) => [child.dataset.key, child]));
+  const wanted = new Set(items.map((item) => String(keyOf(item))));
+  // First: else all behind one that goes would be moved, and what is moved loses the keyboard's focus.
+  for (const [key, child] of there) if (!wanted.has(key)) child.remove();
   let at = parent.firstElementChild;
   for (const item of items) {
     const key = keyOf(item);
     let child = there.get(key);
-    if (child) {
-      there.delete(key);
-    } else {
+    if (!child) {
       child = make(item);
       child.dataset.key = key;
     }
@@ -44,7 +45,12 @@ function reconcile(parent, items, keyOf, make, update) {
     else parent.insertBefore(child, at);
     update(child, item);
   }
-  for (const gone of there.values()) gone.remove();
+}
+
+// What a button does, and to what: a list of all buttons has no cards around them.
+function caption(button, text, what) {
+  set(button, text);
+  button.setAttribute("aria-label", `${text} ${what}`);
 }
 
 // The page lies in a frame of Airflow's that may neither open windows nor leave: the document around it does.
@@ -213,7 +219,7 @@ function updateEngine(root, item) {
   const bound = engine.lease_bound === "max_lifetime" ? " (its greatest age)" : engine.tasks.length ? " when its tasks are done" : "";
   set(parts.lease, engine.lease_left === null ? "–" : span(engine.lease_left) + bound);
   const least = engine.gpu_seconds_at_least ? "at least " : "";
-  set(parts.gpu, engine.gpu_seconds === null ? "–" : engine.gpu_seconds ? `${least}${count(engine.gpu_seconds)} GPU s` : "no GPU");
+  set(parts.gpu, engine.gpu_seconds === null ? "–" : engine.gpu_seconds || engine.gpus ? `${least}${count(engine.gpu_seconds)} GPU s` : "no GPU");
   parts.cost.parentElement.hidden = engine.cost === null;
   set(parts.cost, engine.cost === null ? "" : `${least}${engine.cost.toLocaleString(undefined, { minimumFractionDigits: 2, maximumFractionDigits: 2 })}`);
   parts.message.hidden = !engine.message || engine.status === "RUNNING";
@@ -221,7 +227,7 @@ function updateEngine(root, item) {
   parts.stop.hidden = !engine.application;
   parts.stop.disabled = !engine.may_stop || isStopping(connection, engine);
   parts.stop.title = engine.may_stop ? "" : engine.owner === "elsewhere" ? "It belongs to another Airflow." : "You may not change runs of its DAG.";
-  set(parts.stop, isStopping(connection, engine) ? "Stopping…" : "Stop");
+  caption(parts.stop, isStopping(connection, engine) ? "Stopping…" : "Stop", `${engine.name} of ${engine.dag_id}`);
   parts.tasks.hidden = !engine.tasks.length;
   reconcile(parts.tasks, engine.tasks.map((task, at) => ({ connection, task, at })), (one) => one.task.job || `#${one.at}`, makeTask, updateTask);
 }
@@ -237,12 +243,13 @@ function makeTask() {
     numbers: el("div", "numbers"),
     failures: el("span", "failures"),
     rest: el("span"),
-    more: el("button", "", "Details"),
+    more: el("button"),
     panel: el("div", "panel"),
+    about: link("job"),
     failed: el("div", "failed-rows"),
   };
   parts.more.type = "button";
-  parts.bar.setAttribute("aria-label", "Rows done");
+  parts.panel.append(parts.about);
   parts.more.addEventListener("click", () => togglePanel(root));
   parts.numbers.append(parts.rest, parts.failures);
   line.append(parts.name, parts.bar, parts.numbers, parts.more);
@@ -276,6 +283,8 @@ function updateTask(root, item) {
   const failures = Object.entries(task.failures).sort((one, other) => other[1] - one[1]);
   set(parts.rest, words.filter(Boolean).join(" · "));
   set(parts.failures, failures.length ? ` · ${failures.map(([why, rows]) => `${count(rows)} ${why}`).join(", ")}` : "");
+  parts.bar.setAttribute("aria-label", `Rows done of ${name}`);
+  caption(parts.more, "Details", `of ${name}`);
   parts.more.hidden = !task.job;
   const key = panelKey(item);
   parts.more.setAttribute("aria-expanded", String(panels.has(key)));
@@ -312,15 +321,14 @@ async function fillPanel(root) {
     return [record.at, seconds > 0 ? (value(record) - value(history[at])) / seconds : 0];
   });
   const failed = (record) => Object.values(record.failures).reduce((sum, rows) => sum + rows, 0);
-  const job = dashboardUrl(connection, `jobs/${code(task.job)}`);
-  const about = link("job");
-  lead(about, `Ray job ${task.job}`, job, true);
-  panel.replaceChildren(
+  // The link stays the same element: somebody may be on it.
+  for (const old of panel.querySelectorAll("figure")) old.remove();
+  root.parts.about.before(
     plot("Rows per second", points((record) => record.rows), ""),
     plot("Tokens per second", points((record) => record.completion_tokens), ""),
     plot("Failed rows", history.map((record) => [record.at, failed(record)]), "bad"),
-    about,
   );
+  lead(root.parts.about, `Ray job ${task.job}`, dashboardUrl(connection, `jobs/${code(task.job)}`), true);
   const last = history[history.length - 1];
   if (last) showFailedRows(root.parts.failed, last.failed_rows, failed(last));
   updateTask(root, root.item);
@@ -335,7 +343,11 @@ function showFailedRows(box, rows, all) {
   if (!rows.length) return;
   const table = el("table");
   const head = el("tr");
-  head.append(el("th", "", "Row id"), el("th", "", "Reason"), el("th", "", "Message"));
+  for (const title of ["Row id", "Reason", "Message"]) {
+    const cell = el("th", "", title);
+    cell.scope = "col";
+    head.append(cell);
+  }
   table.append(el("caption", "", all > rows.length ? `The first ${rows.length} of ${count(all)} failed rows` : "Failed rows"), head);
   for (const row of rows) {
     const line = el("tr");
@@ -426,6 +438,10 @@ function updateConnection(root, connection) {
 
 function notice(title, words, href, label) {
   const box = byId("notice");
+  const key = JSON.stringify([title, words, href, label]);
+  // Left alone where there is no news: it would be read out again, and somebody may be on its link.
+  if (box.dataset.shown === key) return;
+  box.dataset.shown = key;
   box.hidden = !title;
   box.className = "box";
   box.replaceChildren();
@@ -443,7 +459,10 @@ function draw() {
   const engines = connections.flatMap((connection) => connection.engines);
   byId("filter").hidden = engines.length < 2;
   reconcile(byId("connections"), connections, (one) => one.conn_id, makeConnection, updateConnection);
-  if (!answer) return;
+  if (!answer) {
+    set(byId("summary"), "");
+    return;
+  }
   const left = engines.filter((engine) => ["over", "gone"].includes(engine.owner)).length;
   const tasks = engines.reduce((sum, engine) => sum + engine.tasks.length, 0);
   const words = [many(engines.length, "engine", "engines"), many(tasks, "task at work", "tasks at work")];
@@ -459,7 +478,8 @@ function confirmStop(connection, engine) {
   toStop = { connection, engine };
   set(byId("confirm-what"), `${engine.name} (${engine.model}) of ${engine.dag_id} › ${engine.run_id}, on ${connection.conn_id}.`);
   const tasks = engine.tasks.length;
-  byId("confirm-tasks").hidden = byId("confirm-wait-label").hidden = !tasks;
+  byId("confirm-tasks").hidden = !tasks;
+  byId("confirm-wait").checked = true;
   set(byId("confirm-tasks"), tasks ? `${many(tasks, "task works", "tasks work")} on it. Without waiting, ${tasks === 1 ? "it fails" : "they fail"}; a retry continues with the missing rows.` : "");
   byId("confirm-error").hidden = true;
   byId("confirm-yes").disabled = false;
@@ -477,7 +497,8 @@ async function stopNow() {
       body: JSON.stringify({
         conn_id: connection.conn_id,
         application: engine.application,
-        on_busy: engine.tasks.length && byId("confirm-wait").checked ? "wait" : "delete",
+        // Also where none was at work when this page looked: one may have begun since.
+        on_busy: byId("confirm-wait").checked ? "wait" : "delete",
       }),
     });
     if (!response.ok) throw new Error(await reason(response));
