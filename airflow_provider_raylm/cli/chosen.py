@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from airflow_provider_raylm.cli.console import complain
+from airflow_provider_raylm.cli.console import choice, complain
 from airflow_provider_raylm.cli.jobs import run_verb
 from airflow_provider_raylm.cli.sources import Trial, trial
 from airflow_provider_raylm.cli.tasks import Moment, engine_of, find_dag, inference, rendered
@@ -88,7 +88,7 @@ def _named(name: str, running: Sequence[EngineRef]) -> EngineRef:
     fitting = [ref for ref in running if name in (ref.application, ref.labels.engine)]
     if len(fitting) == 1:
         return fitting[0]
-    there = ", ".join(ref.application for ref in fitting or running) or "none"
+    there = choice(name, (ref.application for ref in fitting or running))
     what = f"{len(fitting)} engines named {name!r} run; name one by its application" if fitting else f"No {name!r} runs"
     raise EngineError(f"{what}: {there}.")
 

@@ -6,6 +6,7 @@ import io
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,8 @@ from rich.text import Text
 _PIPED_WIDTH = 10_000
 # Of which words are made in Persian, in the scripts of India, and in families of emoji; they hide nothing.
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+# Of those that an error offers.
+_NAMES = 10
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
 
 
@@ -65,6 +68,19 @@ def cut(text: str, most: int) -> str:
     """Return *text* in one line of *most* characters at most."""
     line = one_line(text)
     return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def last_line(text: str) -> str:
+    """Return where a traceback, or the error of an imported file, says what went wrong."""
+    return (text.strip().splitlines() or ["no reason is told"])[-1]
+
+
+def choice(wanted: str, there: Iterable[str]) -> str:
+    """Return which names there are in place of one that is not, the nearest first, and no more than help."""
+    names = list(dict.fromkeys(there))
+    names = list(dict.fromkeys([*get_close_matches(wanted, names, _NAMES), *names]))
+    more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
+    return f"{', '.join(names[:_NAMES]) or 'none'}{more}"
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from airflow_provider_raylm.cli.connections import connection_ids, of_each, opened
-from airflow_provider_raylm.cli.console import complain, duration, say, table
+from airflow_provider_raylm.cli.console import choice, complain, duration, say, table
 from airflow_provider_raylm.cli.jobs import run_verb
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.inventory import SeenEngine
@@ -104,7 +104,7 @@ def _named(name: str, found: Found, silent: Sequence[str]) -> tuple[str, SeenEng
         raise EngineError(
             f"{len(fitting)} engines are named {name!r}. Stop one by its application: {', '.join(sorted(fitting))}."
         )
-    there = ", ".join(dict.fromkeys(engine.ref.application for _, engine in found)) or "none"
+    there = choice(name, (engine.ref.application for _, engine in found))
     unknown = f" {', '.join(silent)} did not answer." if silent else ""
     raise EngineError(f"There is no engine named {name!r}; there are: {there}.{unknown}")
 

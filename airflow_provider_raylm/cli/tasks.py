@@ -23,6 +23,7 @@ from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.sdk.execution_time.context import context_update_for_unmapped
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
+from airflow_provider_raylm.cli.console import choice, last_line
 from airflow_provider_raylm.compat import AirflowException
 from airflow_provider_raylm.errors import RayLMError, SpecError
 from airflow_provider_raylm.operators.base import RayLMOperator
@@ -91,10 +92,8 @@ def find_dag(folder: str | None, dag_id: str) -> DAG:
     dags, errors = load_dags(folder)
     if dag_id in dags:
         return dags[dag_id]
-    broken = "".join(
-        f"\n{path} could not be imported: {error.strip().splitlines()[-1]}" for path, error in errors.items()
-    )
-    raise SpecError(f"There is no DAG {dag_id!r}; there are: {', '.join(sorted(dags)) or 'none'}.{broken}")
+    broken = "".join(f"\n{path} could not be imported: {last_line(error)}" for path, error in errors.items())
+    raise SpecError(f"There is no DAG {dag_id!r}; there are: {choice(dag_id, sorted(dags))}.{broken}")
 
 
 def tasks_of(dag: DAG) -> Iterator[Task]:
@@ -117,7 +116,7 @@ def inference(dag: DAG, task_id: str) -> Task:
     """
     there = {task.task_id: task for task in tasks_of(dag) if issubclass(class_of(task), BatchInferenceOperator)}
     if task_id not in there:
-        raise SpecError(f"{dag.dag_id} has no inference task {task_id!r}; there are: {', '.join(there) or 'none'}.")
+        raise SpecError(f"{dag.dag_id} has no inference task {task_id!r}; there are: {choice(task_id, there)}.")
     return there[task_id]
 
 

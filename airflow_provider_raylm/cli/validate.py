@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from airflow_provider_raylm.cli.connections import opened
-from airflow_provider_raylm.cli.console import complain, cut, say
+from airflow_provider_raylm.cli.console import complain, cut, last_line, say
 from airflow_provider_raylm.cli.sources import Trial, trial
 from airflow_provider_raylm.cli.tasks import (
     Moment,
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print a line for each task; 1 if one of them, or a file, is wrong."""
     dags, broken = load_dags(arguments.folder)
     for path, error in sorted(broken.items()):
-        say(f"error  {path}: {error.strip().splitlines()[-1]}")
+        say(f"error  {path}: {last_line(error)}")
     wrong = len(broken)
     count = 0
     for _, dag in sorted(dags.items()):

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from airflow_provider_raylm.cli import engines
-from airflow_provider_raylm.cli.console import cut, duration, safe
+from airflow_provider_raylm.cli.console import choice, cut, duration, last_line, safe
 from airflow_provider_raylm.cli.main import main
 from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.hooks.raylm import RayLMHook
@@ -233,6 +233,15 @@ def test_text_of_rows_moves_no_cursor():
     assert safe(words) == "10 000 \u06cc\N{ZERO WIDTH NON-JOINER}\u062f"
     assert cut("one\ntwo  three", 9) == "one two …"
     assert [duration(one) for one in (5, 120, 3_700, 90_000)] == ["5 s", "2 min", "1 h 1 min", "1 d 1 h"]
+
+
+def test_the_nearest_names_are_offered_first():
+    """Of hundreds only some; and a file of DAGs that fails may fail without a word."""
+    assert choice("nigthly", ["a", "nightly", "b"]) == "nightly, a, b"
+    assert choice("dag_7", (f"dag_{number}" for number in range(500))).startswith("dag_7, dag_")
+    assert choice("x", map(str, range(500))).endswith(" and 490 more")
+    assert choice("x", []) == "none"
+    assert [last_line(one) for one in ("Trace\nValueError: x\n", " ")] == ["ValueError: x", "no reason is told"]
 
 
 def test_an_engine_has_one_line(fake, airflow_db, capsys):
