@@ -251,13 +251,19 @@ def test_options_of_reading_are_honoured_or_refused(tmp_path):
 
 def test_json_objects_are_each_rows_own_text(tmp_path):
     """As they are written, numbers too; nothing of other rows."""
-    lines = ['{"meta":{"k1":1}}', '{"meta":{"k2":[0,10, 2.50]}, "n": 5}', '{"n": 2.50, "x": [[1]]}']
+    lines = [
+        '{"meta":{"k1":1}}',
+        '{"meta":{"k2":[0,10, 2.50]}, "n": 5}',
+        '{"n": 2.50, "x": [[1]]}',
+        '{"n": -0}',
+        '{"n": 0}',
+    ]
     write(tmp_path, "a.jsonl", "\n".join(lines))
     rows = rows_of(spec(tmp_path, prompt="${meta}"))
 
-    assert [row["meta"] for row in rows] == ['{"k1":1}', '{"k2":[0,10, 2.50]}', None]
-    assert [row["n"] for row in rows] == [None, "5", "2.50"]
-    assert [row["x"] for row in rows] == [None, None, "[[1]]"]
+    assert [row["meta"] for row in rows] == ['{"k1":1}', '{"k2":[0,10, 2.50]}', None, None, None]
+    assert [row["n"] for row in rows] == [None, "5", "2.50", "-0", "0"]
+    assert [row["x"] for row in rows] == [None, None, "[[1]]", None, None]
 
 
 def test_a_json_column_has_one_type_over_all_files(tmp_path):
@@ -688,8 +694,7 @@ def test_markers_of_folders_on_s3_are_no_files(s3, tmp_path):
     assert said == [f"1 files in s3://{BUCKET}/{folder} are left out: their suffixes tell no format that is read"]
 
 
-@pytest.mark.parametrize("name", ["a::b.txt", "a?versionId=1.txt"])
-@pytest.mark.parametrize("storage", ["local", "s3"])
+@pytest.mark.parametrize(("storage", "name"), [("local", "a::b.txt"), ("s3", "a::b.txt"), ("s3", "a?versionId=1.txt")])
 def test_a_name_that_is_taken_for_something_else_is_refused(request, tmp_path, name, storage):
     """By its own name, and not with an error of another file."""
     write(tmp_path, name, "x\n")
@@ -699,6 +704,8 @@ def test_a_name_that_is_taken_for_something_else_is_refused(request, tmp_path, n
         source = f"s3://{BUCKET}/{tmp_path.name}"
         fsspec.filesystem("s3").call_s3("put_object", Bucket=BUCKET, Key=f"{tmp_path.name}/{name}", Body=b"x\n")
 
+    write(tmp_path, "../fine/a?versionId=1.txt", "x\n")
+    assert texts_of(spec(tmp_path, source=str(tmp_path / "fine"))) == ["x"]
     with pytest.raises(BatchError, match=rf"{re.escape(name)}: the name of this file has .*Rename it"):
         make_plan(spec(tmp_path, source=source), print)
 

@@ -66,7 +66,7 @@ def _files_of(place: Place, how: Reading, say: Say) -> Iterator[File]:
             # A writer that failed leaves it.
             empty += 1
         else:
-            uri = _readable(str(place.fs.unstrip_protocol(path)))
+            uri = _readable(str(place.fs.unstrip_protocol(path)), place)
             yield File(uri, told[0], told[1], int(info.get("size") or 0), version(info))
     if others:
         say(f"{others} files in {place.uri} are left out: their suffixes tell no format that is read")
@@ -79,9 +79,9 @@ def _files_of(place: Place, how: Reading, say: Say) -> Iterator[File]:
         )
 
 
-def _readable(uri: str) -> str:
+def _readable(uri: str, place: Place) -> str:
     """Refuse a name by which fsspec opens something else: another file system, or an earlier version of a file."""
-    for part in ("::", "?versionid="):
+    for part in ("::", "?versionid=") if place.in_object_store else ("::",):
         if part in uri.lower():
             raise BatchError(f"{uri}: the name of this file has {part!r}, which fsspec takes for its own. Rename it.")
     return uri

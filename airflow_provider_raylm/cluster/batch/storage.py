@@ -77,6 +77,11 @@ class Place:
         return _is(self.fs, {"file"})
 
     @property
+    def in_object_store(self) -> bool:
+        """Whether names are keys here, without folders."""
+        return _is(self.fs, _OBJECT_STORES)
+
+    @property
     def name(self) -> str:
         """The one address of the place, however it was written."""
         return str(self.fs.unstrip_protocol(self.path))
@@ -145,7 +150,7 @@ class Place:
             BatchError: the storage refused; the text names the place.
         """
         try:
-            if _is(self.fs, _OBJECT_STORES):
+            if self.in_object_store:
                 self.fs.pipe_file(self.path, content)
                 return
             folder, _, name = self.path.rpartition("/")
