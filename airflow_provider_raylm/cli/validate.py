@@ -20,7 +20,7 @@ from airflow_provider_raylm.cli.tasks import (
 )
 from airflow_provider_raylm.compat import AirflowException
 from airflow_provider_raylm.decorators.raylm import RayLMDecoratedOperator
-from airflow_provider_raylm.errors import RayLMError
+from airflow_provider_raylm.errors import RayLMError, SpecError
 from airflow_provider_raylm.operators.engines import DeployEngineOperator
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
 
@@ -71,6 +71,8 @@ def _checked(task: Task, arguments: argparse.Namespace) -> str:
             found.batch.require_task(engine.task)
     except NotRun as error:
         return f"as far as is known: {cut(str(error).partition('. ')[0], _NOTE_CHARACTERS)}"
+    except SpecError:
+        raise
     # A variable, a connection or a parameter that this Airflow does not have, or a run has to tell.
     except AirflowException as error:
         return f"as far as is known, because it cannot be rendered here: {cut(str(error), _NOTE_CHARACTERS)}"

@@ -10,9 +10,9 @@ from airflow.sdk.definitions.context import context_merge
 
 from airflow_provider_raylm.compat import determine_kwargs
 from airflow_provider_raylm.errors import SpecError
-from airflow_provider_raylm.operators.base import no_retries_in_vain
 from airflow_provider_raylm.operators.checks import FIELDS
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator
+from airflow_provider_raylm.operators.retries import no_retries_in_vain
 from airflow_provider_raylm.specs import BatchSpec, with_new_names
 
 if TYPE_CHECKING:

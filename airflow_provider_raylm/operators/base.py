@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.sdk import BaseOperator, BaseOperatorLink
 
-from airflow_provider_raylm.compat import AirflowFailException, allow_class, conf
-from airflow_provider_raylm.errors import EngineGone, SpecError, from_wire
+from airflow_provider_raylm.compat import allow_class, conf
+from airflow_provider_raylm.errors import from_wire
 from airflow_provider_raylm.following import Follower, Stopped, submit_or_attach
 from airflow_provider_raylm.hooks.raylm import RayLMHook
 from airflow_provider_raylm.links.raylm import RayJobLink, store_links
 from airflow_provider_raylm.naming import submission_id
 from airflow_provider_raylm.observability import annotate, measure_progress
 from airflow_provider_raylm.operators.rendering import RendersText
+from airflow_provider_raylm.operators.retries import no_retries_in_vain
 from airflow_provider_raylm.packages import Packed, pack
 from airflow_provider_raylm.polling import PENDING_TIMEOUT_S, Watch, require_seconds
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobs
@@ -88,35 +89,6 @@ def json_values(value: Value) -> dict[str, Any]:
     """Return a value as it goes into an XCom or a request."""
     dumped: dict[str, Any] = value.model_dump(mode="json")
     return dumped
-
-
-class UnfixableSpec(SpecError, AirflowFailException):
-    """A SpecError as Airflow does not try again: the author has to change something."""
-
-
-class UnfixableEngine(EngineGone, AirflowFailException):
-    """An EngineGone as Airflow does not try again: the deploy task has to be cleared."""
-
-
-@contextmanager
-def no_retries_in_vain(gone: bool = True) -> Iterator[None]:
-    """Have Airflow not try again what fails again: an engine may hold a GPU meanwhile.
-
-    Args:
-        gone: also when the engine is gone; False where a retry deploys it again.
-
-    Raises:
-        UnfixableSpec: the body raised a SpecError.
-        UnfixableEngine: it raised an EngineGone.
-    """
-    try:
-        yield
-    except SpecError as error:
-        raise UnfixableSpec(str(error)) from None
-    except EngineGone as error:
-        if not gone:
-            raise
-        raise UnfixableEngine(str(error)) from None
 
 
 class RayLMOperator(RendersText, BaseOperator):

@@ -18,7 +18,6 @@ from airflow_provider_raylm.operators.base import (
     Outcome,
     RayLMOperator,
     json_values,
-    no_retries_in_vain,
 )
 from airflow_provider_raylm.operators.checks import renderable, require_name
 from airflow_provider_raylm.operators.owners import (
@@ -31,6 +30,7 @@ from airflow_provider_raylm.operators.owners import (
     run_is_alive,
 )
 from airflow_provider_raylm.operators.places import plain
+from airflow_provider_raylm.operators.retries import no_retries_in_vain
 from airflow_provider_raylm.operators.templates import is_deferred
 from airflow_provider_raylm.polling import require_seconds
 from airflow_provider_raylm.specs import EngineRef, EngineSpec, OnBusy, SweepReport, TeardownReport, build

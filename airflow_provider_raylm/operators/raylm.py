@@ -22,7 +22,6 @@ from airflow_provider_raylm.operators.base import (
     DeferrableRayLMOperator,
     Outcome,
     json_values,
-    no_retries_in_vain,
 )
 from airflow_provider_raylm.operators.checks import (
     renderable,
@@ -43,6 +42,7 @@ from airflow_provider_raylm.operators.owners import (
 )
 from airflow_provider_raylm.operators.places import assets_of, connections_of, plain
 from airflow_provider_raylm.operators.rendering import read_prompts, render_prompts
+from airflow_provider_raylm.operators.retries import no_retries_in_vain
 from airflow_provider_raylm.operators.templates import require_no_templates
 from airflow_provider_raylm.specs import (
     BatchReport,

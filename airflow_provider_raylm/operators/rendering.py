@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import literal
 from airflow.sdk.definitions.context import render_template_as_native, render_template_to_string
-from jinja2 import Environment, Template, TemplateNotFound
+from jinja2 import Environment, Template, TemplateNotFound, UndefinedError
 from jinja2.nativetypes import NativeEnvironment
 
 from airflow_provider_raylm.errors import SpecError
+from airflow_provider_raylm.operators.retries import no_retries_in_vain
 from airflow_provider_raylm.operators.templates import has_marks, is_deferred
 from airflow_provider_raylm.specs import read_json_text
 
@@ -51,12 +52,18 @@ class RendersText(Operator):
         jinja_env: Environment,
         seen_oids: set[int],
     ) -> None:
-        """Render as Airflow does, with another environment for this package's fields."""
-        fields = list(template_fields)
-        theirs = [name for name in fields if name in self.rendered_as_the_dag_says]
-        ours = [name for name in fields if name not in theirs]
-        super()._do_render_template_fields(parent, theirs, context, jinja_env, seen_oids)
-        super()._do_render_template_fields(parent, ours, context, self.text_env(), seen_oids)
+        """Render as Airflow does, with another environment for this package's fields.
+
+        Raises:
+            SpecError: a template asks for what is not there; the text names the field.
+        """
+        for name in template_fields:
+            env = jinja_env if name in self.rendered_as_the_dag_says else self.text_env()
+            try:
+                super()._do_render_template_fields(parent, [name], context, env, seen_oids)
+            except UndefinedError as error:
+                with no_retries_in_vain():
+                    raise SpecError(f"{name}: a template asks for what is not there: {error}") from None
 
     def render_template(
         self, content: Any, context: Context, jinja_env: Environment | None = None, seen_oids: set[int] | None = None

@@ -12,10 +12,10 @@ from airflow.sdk import BaseSensorOperator, PokeReturnValue
 from airflow_provider_raylm.compat import conf
 from airflow_provider_raylm.errors import from_wire
 from airflow_provider_raylm.hooks.raylm import RayLMHook
-from airflow_provider_raylm.operators.base import no_retries_in_vain
 from airflow_provider_raylm.operators.checks import require_name
 from airflow_provider_raylm.operators.owners import installation
 from airflow_provider_raylm.operators.rendering import RendersText
+from airflow_provider_raylm.operators.retries import no_retries_in_vain
 from airflow_provider_raylm.operators.templates import is_deferred
 from airflow_provider_raylm.polling import Unreachable
 from airflow_provider_raylm.specs import EngineQuery, EngineRef, build

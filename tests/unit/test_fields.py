@@ -1,6 +1,7 @@
 """What an author gives for a field, and the value that the cluster is asked with."""
 
 import json
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from airflow.sdk import DAG, Asset, ObjectStoragePath, task
 from pydantic import ValidationError
 
 from airflow_provider_raylm.authoring import shared_engine
-from airflow_provider_raylm.compat import allow_class
+from airflow_provider_raylm.compat import AirflowFailException, allow_class
 from airflow_provider_raylm.errors import SpecError
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator, DeployEngineOperator, TeardownEngineOperator
 from airflow_provider_raylm.specs import BatchSpec, EngineRef, EngineSpec, Step, build
@@ -204,6 +205,22 @@ def test_assets_and_paths_are_places(airflow_db, monkeypatch):
     with DAG("no_place", schedule=None), shared_engine("a", model="m") as engine:
         with pytest.raises(SpecError, match="The asset 'reviews' names no place"):
             engine.infer("x", source=Asset("reviews"), prompt="${text}", output="s3://out")
+
+
+def test_a_template_that_asks_for_what_is_not_there_is_not_tried_again(airflow_db):
+    """By the name of its field: an engine may hold a GPU meanwhile."""
+    tries = []
+    again = {"retries": 2, "retry_delay": timedelta(0)}
+    with DAG("undefined", schedule=None, user_defined_macros={"try": lambda: tries.append(1)}) as dag:
+        with shared_engine("a", model="m") as engine:
+            source = "s3://{{ try() }}{{ parms.x }}"
+            asking = engine.infer("x", source=source, prompt="${text}", output="s3://out", **again)
+    fake = FakeRayJobs()
+
+    assert run(dag, fake)["x"] == "failed"
+    assert len(tries) == 1
+    with pytest.raises(AirflowFailException, match="batch: a template asks for .*: 'parms' is undefined"):
+        asking._do_render_template_fields(asking, ["batch"], {}, asking.get_template_env(), set())
 
 
 @pytest.mark.skipif(
