@@ -16,7 +16,7 @@ def plain(value: Any) -> Any:
     """Return *value* as a spec takes it: assets and paths as the text of a place, specs as dicts.
 
     Raises:
-        SpecError: an asset has no place, or a path has options of its own.
+        SpecError: an asset has no place, or a path has options of its own, or is of a kind that Airflow does not know.
     """
     if isinstance(value, Value):
         # One that came through XCom has all fields set.
@@ -29,6 +29,9 @@ def plain(value: Any) -> Any:
         return _place(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if hasattr(value, "storage_options") and hasattr(value, "protocol"):
+        # Another of fsspec's paths.
+        raise SpecError(f"The path {value} is of a kind that Airflow does not render: give text or ObjectStoragePath.")
     if isinstance(value, Mapping):
         return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

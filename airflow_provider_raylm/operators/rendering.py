@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,10 +71,13 @@ class RendersText(Operator):
     ) -> Any:
         """Render as Airflow does, but in ``text_env`` keep every line break of text that a field has.
 
-        Text without a template stays the same, too: Jinja would make its line breaks all alike.
+        Text without a template stays the same, too: Jinja would make its line breaks all alike. Paths, which Airflow
+        leaves alone, are text.
         """
-        dags = jinja_env.linked_to if jinja_env is not None and isinstance(content, str) else None
-        if jinja_env is None or dags is None:
+        dags = jinja_env.linked_to if jinja_env is not None else None
+        if dags is not None and isinstance(content, os.PathLike) and id(content) not in (seen_oids or ()):
+            content = os.fspath(content)
+        if jinja_env is None or dags is None or not isinstance(content, str):
             return super().render_template(content, context, jinja_env, seen_oids)
         if not _has_template(content, dags):
             return content

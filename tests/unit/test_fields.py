@@ -2,11 +2,13 @@
 
 import json
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from airflow.sdk import DAG, Asset, ObjectStoragePath, task
 from pydantic import ValidationError
+from upath import UPath
 
 from airflow_provider_raylm.authoring import shared_engine
 from airflow_provider_raylm.compat import AirflowFailException, allow_class
@@ -185,6 +187,8 @@ def test_assets_and_paths_are_places(airflow_db, monkeypatch):
             "output": ObjectStoragePath("s3://out/z"),
         }
         engine.infer("z", prompt="${text}", params={"day": "1"}, **paths)
+        on_disk = {"source": Path("/in/{{ params.day }}"), "output": "s3://out/disk"}
+        engine.infer("disk", prompt="${text}", params={"day": "1"}, **on_disk)
         BatchInferenceOperator.partial(task_id="mapped", engine=engine.ref).expand(
             batch=[{"source": reviews, "prompt": "${text}", "output": ObjectStoragePath("s3://out/m")}]
         )
@@ -198,6 +202,7 @@ def test_assets_and_paths_are_places(airflow_db, monkeypatch):
         "x": (("s3://in/reviews", "s3://in/more"), "s3://out/labels"),
         "y": (("s3://in/reviews",), "s3://out/y"),
         "z": (("s3://in/1",), "s3://out/z"),
+        "disk": (("/in/1",), "s3://out/disk"),
         "mapped": (("s3://in/reviews",), "s3://out/m"),
     }
     storage = {one.metadata["task_id"]: dict(one.storage) for one in fake.submitted}
@@ -205,6 +210,8 @@ def test_assets_and_paths_are_places(airflow_db, monkeypatch):
     with DAG("no_place", schedule=None), shared_engine("a", model="m") as engine:
         with pytest.raises(SpecError, match="The asset 'reviews' names no place"):
             engine.infer("x", source=Asset("reviews"), prompt="${text}", output="s3://out")
+        with pytest.raises(SpecError, match=r"The path s3://in/x is of a kind .* or ObjectStoragePath"):
+            engine.infer("y", source=UPath("s3://in/x"), prompt="${text}", output="s3://out")
 
 
 def test_a_template_that_asks_for_what_is_not_there_is_not_tried_again(airflow_db):
