@@ -15,7 +15,6 @@ from tests.conftest import REPOSITORY
 
 MAX_TOKENS = 12
 ROWS = 320
-CHATS = 40
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -57,14 +56,12 @@ def texts():
 
 @pytest.fixture(scope="session")
 def offline(cluster, model, texts):
-    """vLLM's own answers: completions for all texts, chats for the first ones."""
+    """vLLM's own answers to all texts, as completions and as chats."""
     request, answers = cluster.folder / "offline.json", cluster.folder / "offline-answers.json"
     task = {
         "model": model,
         "prompts": [f"Say: {text}" for text in texts],
-        "chats": [
-            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}] for text in texts[:CHATS]
-        ],
+        "chats": [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}] for text in texts],
         "max_tokens": MAX_TOKENS,
         "schema": SCHEMA,
         "choice": CHOICE,

@@ -13,7 +13,7 @@ import pytest
 from airflow_provider_raylm import __version__
 from airflow_provider_raylm.errors import BatchError, EngineError
 from tests.conftest import REPOSITORY
-from tests.integration.conftest import CHATS, MAX_TOKENS, ROWS
+from tests.integration.conftest import MAX_TOKENS, ROWS
 from tests.s3 import BUCKET
 
 GREEDY = {"temperature": 0, "max_tokens": MAX_TOKENS}
@@ -61,7 +61,7 @@ def test_answers_equal_offline_vllm(infer, source, texts, offline, tmp_path, blo
 
 def test_chats_equal_offline_vllm(infer, texts, offline, tmp_path):
     """With the model's own chat template."""
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:CHATS]))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "${text}"}]
     infer(source=str(tmp_path / "in.jsonl"), prompt=None, messages=messages)
 

@@ -9,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from airflow_provider_raylm.errors import BatchError
-from tests.integration.conftest import CHATS, CHOICE, GRAMMAR, MAX_TOKENS, REGEX, ROWS, SCHEMA
+from tests.integration.conftest import CHOICE, GRAMMAR, MAX_TOKENS, REGEX, ROWS, SCHEMA
 from tests.offline import TYPED_TOKENS, own_of, tool_of
 
 CUT_TOKENS = 12
 CUT = {"truncate_prompt_tokens": CUT_TOKENS, "truncation_side": "left"}
+# Many at a time, and all in one.
+BLOCKS = [7, ROWS]
 KEEP = ["token_ids", "prompt_token_ids", "logprobs"]
 GREEDY = {"temperature": 0, "max_tokens": MAX_TOKENS}
 
@@ -114,24 +116,27 @@ def test_parameters_per_row_equal_offline_vllm(infer, texts, offline, tmp_path):
     assert report["failures"] == {"invalid_parameter": 2, "null_value": 1, "invalid_request": 1}
 
 
-def test_conversations_equal_offline_vllm(infer, texts, offline, tmp_path):
+@pytest.mark.parametrize("block_rows", BLOCKS)
+def test_conversations_equal_offline_vllm(infer, texts, offline, tmp_path, block_rows):
     """From a column, after a template."""
-    turns = [[{"from": "human", "value": text}] for text in texts[:CHATS]]
+    turns = [[{"from": "human", "value": text}] for text in texts]
     pq.write_table(pa.table({"chat": pa.array(turns)}), tmp_path / "in.parquet")
     messages = [{"role": "system", "content": "Be brief."}, "${chat}"]
-    _, found = infer(prompt=None, messages=messages, source=str(tmp_path / "in.parquet"))
+    _, found = infer(prompt=None, messages=messages, source=str(tmp_path / "in.parquet"), block_rows=block_rows)
 
     assert [row["response"] for row in found] == offline["chats"]
+    assert len(set(offline["chats"])) > ROWS * 0.9, "answers must tell rows apart"
 
 
-def test_tools_equal_offline_vllm(infer, texts, offline, tmp_path):
+@pytest.mark.parametrize("block_rows", BLOCKS)
+def test_tools_equal_offline_vllm(infer, texts, offline, tmp_path, block_rows):
     """One that has to be used: a column of its name and arguments, beside an empty answer."""
-    pq.write_table(pa.table({"text": texts[:CHATS]}), tmp_path / "in.parquet")
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "${text}"}]
     chosen = {"type": "function", "function": {"name": "rate"}}
     told = {"tools": [tool_of(SCHEMA)], "tool_choice": chosen}
     asked = {"messages": messages, "keep": ["tool_calls"], "extra_body": told, "max_tokens": TYPED_TOKENS}
-    report, found = infer(prompt=None, source=str(tmp_path / "in.parquet"), **asked)
+    report, found = infer(prompt=None, source=str(tmp_path / "in.parquet"), block_rows=block_rows, **asked)
 
     calls = [row["response_tool_calls"] for row in found]
     assert [[(call["name"], call["arguments"]) for call in of_row] for of_row in calls] == [
