@@ -1,10 +1,13 @@
 """What the rows of a block share as vLLM has it: its own request and sampling parameters, of an engine that is none."""
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 
 from airflow_provider_raylm.cluster.replica.questions.generation import Chat, Completion
+from airflow_provider_raylm.specs import Step
+from airflow_provider_raylm.specs.extra_body import check_extra_body
 
 
 def engine(**serving):
@@ -13,6 +16,34 @@ def engine(**serving):
     told = {"models": models, "override_max_tokens": None, "default_sampling_params": {}, "parser_cls": None}
     part = SimpleNamespace(**told | serving)
     return SimpleNamespace(serving=lambda name, question: part, adapters={}, context=100, texts=None)
+
+
+# What of vLLM's requests takes effect in both ways to ask, and of a chat alone.
+HEEDED = {
+    *("add_special_tokens", "allowed_token_ids", "bad_words", "cache_salt", "ec_transfer_params", "kv_transfer_params"),
+    *("include_stop_str_in_output", "logit_bias", "min_tokens", "priority", "repetition_detection", "response_format"),
+    *("skip_special_tokens", "spaces_between_special_tokens", "stop_token_ids", "structured_outputs"),
+    *("thinking_token_budget", "vllm_xargs"),
+}
+OF_CHATS = {
+    *("add_generation_prompt", "chat_template", "chat_template_kwargs", "continue_final_message", "documents"),
+    *("include_reasoning", "media_io_kwargs", "mm_processor_kwargs", "parallel_tool_calls", "reasoning_effort"),
+    "tool_choice",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "asks", "heeded"), [(Completion, "prompt", HEEDED), (Chat, "messages", HEEDED | OF_CHATS)]
+)
+def test_each_field_of_vllm_is_heeded_or_refused(kind, asks, heeded):
+    """One that a new vLLM brings has to be looked at: it would be taken, and perhaps make no difference."""
+    free = set()
+    for name in set(kind._type.model_fields) - {asks}:
+        with suppress(ValueError):
+            check_extra_body({name: "x"}, [asks], Step._not_in_extra_body, [])
+            free.add(name)
+
+    assert free == heeded
 
 
 @pytest.mark.parametrize("kind", [Completion, Chat])
