@@ -168,6 +168,33 @@ async def test_a_replica_that_was_stopped_in_good_order_accuses_nobody(looks, be
     assert failure.value.begun == begun
 
 
+async def test_an_engine_that_does_not_say_what_it_is_is_asked_again(monkeypatch):
+    """A task may begin while a replica dies or hangs; it waits for that as long as it waits for engines."""
+    monkeypatch.setattr(asking, "PING_PERIOD_S", 0.001)
+    answers = [TimeoutError("Timed out waiting for broadcast results."), [RayServeException("it died")], [], [ABOUT]]
+
+    class Starting(Deployment):
+        def results(self, timeout_s, return_exceptions):
+            if isinstance(answer := answers.pop(0) if len(answers) > 1 else answers[0], Exception):
+                raise answer
+            return answer
+
+        class ping:
+            @staticmethod
+            async def remote():
+                pass
+
+    one = Handle(Starting(), REF, "/out", None)
+    assert (await one.arrive(60)).capacity == ABOUT["capacity"]
+
+    answers[:] = [TimeoutError("Timed out waiting for broadcast results.")]
+    with pytest.raises(EngineError, match=r"does not say what it is: Timed out"):
+        await one.arrive(0)
+    answers[:] = [[{"version": "0.0.7", "capacity": 5}]]
+    with pytest.raises(EngineError, match=r"deployed by 0\.0\.7"):
+        await one.arrive(60)
+
+
 async def test_an_engine_is_what_its_replicas_say():
     """Together; one that does not answer counts for nothing."""
     abouts = [ABOUT, RayServeException("it died"), {**ABOUT, "replica": "b", "cache_tokens": 80, "tasks": ["/other"]}]

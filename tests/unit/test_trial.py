@@ -22,10 +22,8 @@ class Handle:
         self.task = task
         events.append(("handle", serves, timeout))
 
-    async def until_well(self, timeout):
+    async def arrive(self, timeout):
         events.append(("well", timeout))
-
-    async def look(self):
         return Engine(frozenset({"a", "b"}), 8, 1_000, frozenset({"s3://other"}))
 
     async def ask(self, question, requests, *, alone, near):

@@ -27,6 +27,10 @@ PING_PERIOD_S = 2.0
 ENGINE_FAILURES = (EngineError, RayError, RayServeException)
 
 
+class Silent(EngineError):
+    """The engine is there, and does not say what it is; it may do so later."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """What an engine has at the moment.
@@ -127,7 +131,7 @@ class Handle:
         """Return what the engine has; one that is gone ends all calls.
 
         Raises:
-            EngineError: it is gone, or does not say.
+            EngineError: it is gone, or does not say (Silent).
         """
         try:
             await asyncio.to_thread(status.require_there, self._ref)
@@ -136,28 +140,33 @@ class Handle:
             raise
         began = time.monotonic()
         try:
-            found = await asyncio.to_thread(self._about)
-        except ENGINE_FAILURES as error:
+            abouts = await asyncio.to_thread(self._abouts)
+        except (TimeoutError, *ENGINE_FAILURES) as error:
             _raise_others(error)
-            raise EngineError(f"The engine does not say what it is: {_last_line(error)}") from None
+            raise Silent(f"The engine does not say what it is: {_last_line(error)}") from None
+        found = _engine_of(abouts)
         self._known |= found.replicas
         self._listed, self._listed_at = found.replicas, began
         return found
 
-    def _about(self) -> Engine:
+    def _abouts(self) -> list[dict[str, Any]]:
         answers = self._handle.broadcast("about").results(timeout_s=status.ABOUT_TIMEOUT_S, return_exceptions=True)
         abouts = [answer for answer in answers if isinstance(answer, dict)]
         if not abouts:
             raise next((one for one in answers if isinstance(one, Exception)), EngineError("it has no replica"))
-        for about in abouts:
-            if about["version"] != __version__:
-                raise EngineError(_other_version(about["version"]))
-        return Engine(
-            replicas=frozenset(about["replica"] for about in abouts),
-            capacity=sum(about["capacity"] for about in abouts),
-            cache_tokens=min(about["cache_tokens"] for about in abouts),
-            tasks=frozenset(task for about in abouts for task in about["tasks"]),
-        )
+        return abouts
+
+    async def arrive(self, timeout: float) -> Engine:
+        """Return what the engine has when it answers, as ``until_well``; a replica may just be dying, or hang."""
+        end = time.monotonic() + timeout
+        while True:
+            await self.until_well(timeout)
+            try:
+                return await self.look()
+            except Silent:
+                if time.monotonic() >= end:
+                    raise
+            await asyncio.sleep(PING_PERIOD_S)
 
     async def until_well(self, timeout: float) -> None:
         """Return when the engine answers.
@@ -184,6 +193,23 @@ class Handle:
                         "rows that are missing. Or clear the deploy task together with this one."
                     ) from None
             await asyncio.sleep(PING_PERIOD_S)
+
+
+def _engine_of(abouts: list[dict[str, Any]]) -> Engine:
+    """Return what replicas have together, by what each says.
+
+    Raises:
+        EngineError: another version of this package deployed it.
+    """
+    for about in abouts:
+        if about["version"] != __version__:
+            raise EngineError(_other_version(about["version"]))
+    return Engine(
+        replicas=frozenset(about["replica"] for about in abouts),
+        capacity=sum(about["capacity"] for about in abouts),
+        cache_tokens=min(about["cache_tokens"] for about in abouts),
+        tasks=frozenset(task for about in abouts for task in about["tasks"]),
+    )
 
 
 def _raise_others(error: Exception) -> None:

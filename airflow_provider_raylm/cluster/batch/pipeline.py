@@ -193,10 +193,9 @@ async def _answered(work: Work, caller: Any) -> AsyncGenerator[dict[str, Any]]:
     handle = Handle(
         serve.get_deployment_handle(ref.deployment, ref.application), ref, spec.output, spec.request_timeout, caller
     )
-    await handle.until_well(spec.engine_timeout)
+    there = await handle.arrive(spec.engine_timeout)
     in_flight_rows = spec.in_flight_rows and math.ceil(spec.in_flight_rows / work.stages)
     window = Window(in_flight_rows, work.plan.block_rows)
-    there = await handle.look()
 
     async def follow() -> None:
         """Take as much of the engine as is this stage's."""

@@ -76,8 +76,7 @@ async def _answered(
 ) -> AsyncGenerator[tuple[PreviewRow, RowCounts]]:
     """Yield what comes of each row of a sample; *engine* is given what the engine is, and when it began to be asked."""
     handle = Handle(serve.get_deployment_handle(ref.deployment, ref.application), ref, name, spec.request_timeout)
-    await handle.until_well(spec.engine_timeout)
-    there = await handle.look()
+    there = await handle.arrive(spec.engine_timeout)
     engine.append((there, time.monotonic()))
     # Of an engine that others use, too, as much as is this one's.
     share = math.ceil(there.capacity / len(there.tasks | {name}))
