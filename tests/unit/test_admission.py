@@ -2,12 +2,14 @@
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 
 import pytest
 
 from airflow_provider_raylm.cluster.batch.exchange import Answer
 from airflow_provider_raylm.cluster.replica.admission import WAITING_S, Admission
 from airflow_provider_raylm.cluster.replica.serving import GIVE_WAY_S, in_parts
+from airflow_provider_raylm.cluster.replica.stalls import LOOK_PERIOD_S, Stalls
 from airflow_provider_raylm.errors import EngineError
 from tests.clock import on_a_clock
 
@@ -222,3 +224,97 @@ def test_nobody_waits_for_an_engine_that_does_nothing():
             await stuck
 
     assert WAITING_S < on_a_replica(8, test)[1] < WAITING_S + 60
+
+
+class Memory:
+    """An engine with many places, and memory for a few rows; what else it is given waits in it, in order.
+
+    A row gets a token a second while it is worked on.
+
+    Attributes:
+        inside: how many rows are in the engine.
+    """
+
+    def __init__(self, capacity, fitting):
+        self.clock = asyncio.get_running_loop().time
+        self.admission = Admission(capacity, self.clock)
+        self.stalls = Stalls(self.tokens, self.admission.fit)
+        self.memory = asyncio.Semaphore(fitting)
+        self.began = {}
+        self.names = iter(range(10**6))
+
+    @property
+    def inside(self):
+        return self.admission.rows
+
+    def tokens(self, names):
+        return {name: int(self.clock() - began) for name, began in self.began.items()}
+
+    async def _row(self, seconds, enter):
+        name = str(next(self.names))
+        async with enter(), self.stalls.bounded(name, None), self.memory:
+            self.began[name] = self.clock()
+            await asyncio.sleep(seconds)
+            del self.began[name]
+            return Answer(name, "stop", 1, 1)
+
+    async def answer(self, task, rows, seconds):
+        """Answer so many rows of a task, each in as many seconds; return how long that took."""
+        began = self.clock()
+        with self.admission.block(task, alone=False) as enter:
+            parts = in_parts("r", [partial(self._row, seconds)] * rows, self.admission, enter)
+            assert sum([len(part.outcomes) async for part in parts]) == rows
+        return self.clock() - began
+
+
+def with_memory(capacity, fitting, test):
+    async def run():
+        return await test(Memory(capacity, fitting))
+
+    return on_a_clock(run())[0]
+
+
+def test_rows_for_which_there_is_no_memory_wait_here():
+    """Where tasks have equal parts; else a small one would stand behind all that the large one has in the engine."""
+
+    async def test(engine):
+        large = asyncio.create_task(engine.answer("large", 200, 60))
+        await asyncio.sleep(64 / 4 * 60 + 300)
+        inside = engine.inside
+        small = await engine.answer("small", 8, 60)
+        return inside, small, await large
+
+    inside, small, large = with_memory(64, 4, test)
+    # Four that it works on, and eight at hand.
+    assert inside <= 4 + 8 + 4
+    # With half of the engine, four rounds; and what is at hand before that.
+    assert small <= 1.5 * 8 / 2 * 60 + 12 / 4 * 60
+    # It has never paused.
+    assert large == pytest.approx((200 + 8) / 4 * 60, rel=0.01)
+
+
+def test_an_engine_that_has_memory_again_is_filled():
+    """Within two looks; and at no time it is given fewer rows than it can work on."""
+
+    async def test(engine):
+        await engine.answer("long", 100, 60)
+        for _ in range(60):
+            engine.memory.release()
+        short = asyncio.create_task(engine.answer("short", 5_000, 2))
+        await asyncio.sleep(2 * LOOK_PERIOD_S)
+        inside = engine.inside
+        return inside, await short
+
+    inside, short = with_memory(64, 4, test)
+    assert inside >= 64
+    assert short <= 5_000 / 64 * 2 + 2 * LOOK_PERIOD_S
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(5_000, 1), (1_000, 30)])
+def test_an_engine_that_has_memory_is_kept_full(rows, seconds):
+    """As if nobody looked."""
+
+    async def test(engine):
+        return await engine.answer("t", rows, seconds)
+
+    assert with_memory(64, 64, test) <= rows / 64 * seconds + 2 * seconds

@@ -37,12 +37,12 @@ class Admission:
     """One queue of rows for each task; the task with the fewest rows inside is next.
 
     Args:
-        capacity: rows that the engine works on at a time.
+        capacity: rows that the engine works on at a time, at most.
         clock: seconds, as ``time.monotonic``.
     """
 
     def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._capacity = capacity
+        self._capacity = self._works_on = capacity
         self._clock = clock
         self._inside: Counter[Hashable] = Counter()
         self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
@@ -119,12 +119,28 @@ class Admission:
         self._ended_at = now
         self._fill()
 
+    def fit(self, working: int, waiting: int) -> None:
+        """Follow what the engine works on: out of memory for long rows, it lets some wait although it has places.
+
+        They would stand in its own queue, before those of all other tasks. So when more of them wait than the engine
+        needs at hand, as many may be inside as it works on, and those; until none waits any more.
+
+        Args:
+            working: rows inside that have got a token lately, or have entered.
+            waiting: the other rows inside.
+        """
+        if waiting > self._lead() or self._works_on < self._capacity:
+            self._works_on = min(working, self._capacity) if waiting else self._capacity
+        self._fill()
+
     def _places(self) -> int:
         """Return how many rows may be inside: what the engine works on, and what keeps it from pausing."""
+        return self._works_on + self._lead()
+
+    def _lead(self) -> int:
         seconds = _RATE_OVER_S * -math.expm1((self._began - self._ended_at) / _RATE_OVER_S)
         rate = self._ended / max(seconds, LEAD_S)
-        lead = max(rate * LEAD_S, self._capacity * _LEAST_LEAD)
-        return self._capacity + math.ceil(min(lead, self._capacity))
+        return math.ceil(min(max(rate * LEAD_S, self._capacity * _LEAST_LEAD), self._capacity))
 
     def _fill(self) -> None:
         places = self._places()

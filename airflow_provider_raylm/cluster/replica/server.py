@@ -89,10 +89,10 @@ class BlockLLMServer(LLMServer):
                 reason = _last_error(log_starts) or reason
             raise EngineError(reason) from None
         tasks = await self.engine._engine_client.get_supported_tasks()
-        self._questions = Questions(self.engine, self.ping, tasks)
+        self._admission = Admission(self._config.scheduler_config.max_num_seqs)
+        self._questions = Questions(self.engine, self.ping, tasks, self._admission.fit)
         self._hang_timeout = hang_timeout(engine)
         self._replica = serve.get_replica_context().replica_id.unique_id
-        self._admission = Admission(self._config.scheduler_config.max_num_seqs)
 
     @property
     def _config(self) -> Any:

@@ -20,6 +20,8 @@ STARVED_S = 3600.0
 
 Tokens = Callable[[Collection[str]], Mapping[str, int]]
 """Returns by request id how many tokens each has got; an id that it leaves out has got none."""
+Fit = Callable[[int, int], object]
+"""Is told how many rows the engine works on, and how many wait in it: those without a token since the last look."""
 
 
 @dataclass
@@ -46,10 +48,12 @@ class Stalls:
 
     Args:
         tokens: says how many each row has got.
+        fit: is told at every look; not while the engine pauses.
     """
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, fit: Fit = lambda working, waiting: None) -> None:
         self._tokens = tokens
+        self._fit = fit
         self._rows: dict[str, _Row] = {}
         self._looking: asyncio.Task[None] | None = None
         self._trouble = ""
@@ -111,3 +115,6 @@ class Stalls:
             late = now - max(row.since, self._moved_at) > STALLED_S or (passed_over and now - row.since > STARVED_S)
             if row.watched and late and not row.bound.expired():
                 row.bound.reschedule(now)
+        if now - self._moved_at <= LOOK_PERIOD_S:
+            waiting = sum(now - row.since > LOOK_PERIOD_S for row in self._rows.values())
+            self._fit(len(self._rows) - waiting, waiting)

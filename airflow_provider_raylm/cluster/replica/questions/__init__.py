@@ -15,6 +15,7 @@ from airflow_provider_raylm.cluster.replica.questions.generation import Chat, Co
 from airflow_provider_raylm.cluster.replica.questions.pooling import Classify, Embed, Score
 from airflow_provider_raylm.cluster.replica.questions.vllm import Vllm
 from airflow_provider_raylm.cluster.replica.serving import Row
+from airflow_provider_raylm.cluster.replica.stalls import Fit
 from airflow_provider_raylm.errors import BatchError
 
 
@@ -48,10 +49,11 @@ class Questions:
         engine: Ray's, which holds vLLM's client and its serving objects.
         ping: returns when the engine's scheduler has answered.
         tasks: what vLLM says that the model can do.
+        fit: is told of the rows in the engine; see ``Stalls``.
     """
 
-    def __init__(self, engine: Any, ping: Callable[[], Awaitable[None]], tasks: Sequence[str]) -> None:
-        self._vllm = Vllm(engine, ping, tasks)
+    def __init__(self, engine: Any, ping: Callable[[], Awaitable[None]], tasks: Sequence[str], fit: Fit) -> None:
+        self._vllm = Vllm(engine, ping, tasks, fit)
 
     async def rows(self, question: str, requests: Sequence[Request], timeout: float | None) -> list[Row]:
         """Return what each row of a block has to do.

@@ -14,7 +14,7 @@ from vllm.entrypoints.pooling.factories import init_pooling_io_processors
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from airflow_provider_raylm.cluster.batch.exchange import Refusal
-from airflow_provider_raylm.cluster.replica.stalls import Stalls
+from airflow_provider_raylm.cluster.replica.stalls import Fit, Stalls
 from airflow_provider_raylm.cluster.replica.texts import Texts
 from airflow_provider_raylm.errors import EngineError
 
@@ -32,6 +32,7 @@ class Vllm:
         engine: Ray's, which holds vLLM's client and its serving objects.
         ping: returns when the engine's scheduler has answered.
         tasks: what vLLM says that the model can do.
+        fit: is told of the rows in the engine; see ``Stalls``.
 
     Attributes:
         engine: the same.
@@ -42,11 +43,11 @@ class Vllm:
         pooling_task: what a pooling model does, by vLLM's name; None of a model that generates.
     """
 
-    def __init__(self, engine: Any, ping: Callable[[], Awaitable[None]], tasks: Sequence[str]) -> None:
+    def __init__(self, engine: Any, ping: Callable[[], Awaitable[None]], tasks: Sequence[str], fit: Fit) -> None:
         self.engine = engine
         self.client = engine._engine_client
         self.texts = Texts.of(self.client.tokenizer)
-        self.stalls = Stalls(self.tokens)
+        self.stalls = Stalls(self.tokens, fit)
         # Adapters by name; a request's model is one, or the model itself.
         self.adapters: Mapping[str, Any] = engine._oai_models.lora_requests
         self._ping = ping
