@@ -1016,11 +1016,35 @@ def test_types_that_would_change_a_value_are_refused(tmp_path):
         make_plan(spec(tmp_path), print)
 
 
+def test_text_is_not_read_for_the_plan(tmp_path, monkeypatch):
+    """Nor are other columns that the common type always holds."""
+    columns = {
+        "text": ["x"],
+        "n": pa.array([1], pa.int32()),
+        "l": [["x"]],
+        "b": [b"x"],
+        "f": pa.array([1.5], pa.float32()),
+    }
+    wide = {
+        "text": pa.large_string(),
+        "n": pa.float64(),
+        "l": pa.list_(pa.large_string()),
+        "b": pa.large_binary(),
+        "f": pa.float64(),
+    }
+    write(tmp_path, "a.parquet", pa.table(columns))
+    write(tmp_path, "b.parquet", pa.table(columns).cast(pa.schema(wide)))
+    monkeypatch.setattr("airflow_provider_raylm.cluster.batch.columns.samples", pytest.fail)
+
+    assert make_plan(spec(tmp_path), print).rows == 2
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         (pa.array([[0.5]]), pa.array([[2**53 + 1]])),
         (pa.array([-1]), pa.array([2**64 - 1], pa.uint64())),
+        (pa.array([1], pa.decimal128(20, 2)), pa.array([-(10**18)])),
         (pa.array([1], pa.timestamp("ns")), pa.array([-(10**10)], pa.timestamp("s"))),
         (pa.array([1], pa.duration("ns")), pa.array([10**10], pa.duration("s"))),
         (pa.array([1], pa.timestamp("ns")), pa.array([-(10**6)], pa.date32())),

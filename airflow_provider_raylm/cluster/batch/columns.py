@@ -107,13 +107,17 @@ def _doubtful(own: pa.Schema, common: pa.Schema) -> list[tuple[pa.Field, pa.Fiel
 
 
 def _always_fits(own: pa.DataType, common: pa.DataType) -> bool:
-    if own.equals(common) or pa.types.is_null(own) or pa.types.is_floating(own) or pa.types.is_string(common):
+    """Return whether no value of a type can fail in the wider one, so that it need not be looked at."""
+    if own.equals(common):
         return True
-    if pa.types.is_integer(own) and pa.types.is_floating(common):
-        return bool(own.bit_width <= common.bit_width // 2)
-    if pa.types.is_signed_integer(own):
-        return bool(pa.types.is_signed_integer(common) and own.bit_width <= common.bit_width)
-    return bool(pa.types.is_integer(own) and pa.types.is_integer(common) and own.bit_width < common.bit_width)
+    if pa.types.is_integer(own):
+        # Of integers with 64 bits some need 19 digits, of which Arrow's decimals leave 18.
+        return pa.types.is_string(common) or bool(own.bit_width <= min(common.bit_width // 2, 32))
+    if pa.types.is_list(own) and pa.types.is_list(common):
+        return _always_fits(own.value_type, common.value_type)
+    # Arrow's own choice for text, bytes, decimals and fractions is wide enough.
+    wide = any(is_it(common) for is_it in (pa.types.is_string, pa.types.is_large_string, is_bytes, pa.types.is_decimal))
+    return bool(pa.types.is_null(own) or pa.types.is_floating(own) or wide)
 
 
 def cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:

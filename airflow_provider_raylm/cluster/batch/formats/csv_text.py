@@ -33,7 +33,7 @@ from airflow_provider_raylm.cluster.batch.fragments import Contents, File, Readi
 _BLOCK_BYTES = 1 << 23
 _READ_CHARACTERS = 1 << 20
 # Excel's own line before the header.
-_TOLD_DELIMITER = re.compile(r"""(["']?)sep=([\t -~])\1(?:\r\n?|\n|\Z)""", re.IGNORECASE)
+_TOLD_DELIMITER = re.compile(r'("?)sep=([\t !#-~])\1(?:\r\n?|\n|\Z)', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
