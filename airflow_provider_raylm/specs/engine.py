@@ -119,13 +119,15 @@ class EngineSpec(Value):
         "max_num_queued_*": "it would refuse rows that can wait; set max_num_seqs for what an engine works on",
         "skip_tokenizer_init": "rows are text, which an engine without a tokenizer refuses",
         "hf_token": "set EngineSpec.secret_env's HF_TOKEN instead",
-        "host": "an engine has no HTTP endpoint",
-        "port": "an engine has no HTTP endpoint",
-        "uds": "an engine has no HTTP endpoint",
-        "api_key": "an engine has no HTTP endpoint",
-        "root_path": "an engine has no HTTP endpoint",
-        "middleware": "an engine has no HTTP endpoint",
-        "ssl_*": "an engine has no HTTP endpoint",
+        **dict.fromkeys(
+            (
+                *("host", "port", "uds", "api_key", "root_path", "middleware", "ssl_*", "enable_ssl_refresh"),
+                *("allow_credentials", "allowed_origins", "allowed_methods", "allowed_headers", "h11_*", "sse_*"),
+                *("uvicorn_*", "disable_uvicorn_*", "disable_access_*", "disable_fastapi_docs", "enable_offline_docs"),
+                *("enable_request_id_headers", "enable_server_load_tracking", "enable_tokenizer_info_endpoint"),
+            ),
+            "an engine has no HTTP endpoint",
+        ),
     }
     _own_variables: ClassVar[dict[str, str]] = {
         "VLLM_RAY_PER_WORKER_GPUS": "set EngineSpec.gpus_per_worker instead",

@@ -51,13 +51,14 @@ def _while_it_beats(events, mark):
     events.append(mark)
 
 
-def test_the_lease_is_renewed_from_the_first_look_to_the_report(events):
-    """Also while another attempt is waited for, and while the source is planned."""
+def test_the_lease_is_renewed_from_the_first_look_to_the_report(events, monkeypatch):
+    """Also while another attempt is waited for, while a lent engine is asked for its size, and while it is planned."""
+    monkeypatch.setattr(pipeline, "with_vector_size", lambda spec, ref, say: events.append("size") or ref)
     pipeline.infer(SPEC, REF, lambda line: None)
 
     renewal, end = ("renew", REF.application, OUTPUT), ("release", REF.application, OUTPUT)
     assert events[0] == renewal
-    assert [event for event in events if event != renewal] == ["locked", "answered", "record", end]
+    assert [event for event in events if event != renewal] == ["locked", "size", "answered", "record", end]
     assert not {"raylm-heartbeat", "raylm-progress"} & {thread.name for thread in threading.enumerate()}
 
 

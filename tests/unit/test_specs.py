@@ -93,6 +93,7 @@ def test_a_bad_value_is_named(spec, value, named):
         ({"engine_kwargs": {"hf_token": "hf_x"}}, "set EngineSpec.secret_env"),
         ({"engine_kwargs": {"skip_tokenizer_init": True}}, "rows are text"),
         ({"engine_kwargs": {"ssl_keyfile": "k"}}, "engine_kwargs.ssl_keyfile: an engine has no HTTP endpoint"),
+        ({"engine_kwargs": {"uvicorn_log_level": "debug"}}, "engine_kwargs.uvicorn_log_level: an engine has no HTTP"),
         ({"engine_kwargs": {"disable_log_stats": True}, "log_engine_metrics": True}, "needs these statistics"),
         ({"env": {"VLLM_RAY_PER_WORKER_GPUS": "0.5"}}, "VLLM_RAY_PER_WORKER_GPUS: set EngineSpec.gpus_per_worker"),
         ({"secret_env": {"VLLM_DP_SIZE": "/two"}}, "secret_env.VLLM_DP_SIZE: set EngineSpec.replicas"),

@@ -87,7 +87,6 @@ def infer(
     spec.require_task(ref.task)
     seconds = spec.paid_seconds(ref.gpus, price)
     tally = Tally()
-    ref = with_vector_size(spec, ref, say)
 
     def answers(work: Work) -> Generator[dict[str, Any]]:
         if redeploy is not None:
@@ -102,6 +101,7 @@ def infer(
             say(progress.line())
 
     with heartbeat(ref.application, spec.output, tally, say, tell or line), _only_writer(spec.output, say):
+        ref = with_vector_size(spec, ref, say)
         report = answer_source(spec, ref, answers, say, tally)
         leases.record(ref.application, report)
     return report
