@@ -1,6 +1,7 @@
 """Which rows are in the engine, and what a replica says of its blocks meanwhile. Time is a clock's."""
 
 import asyncio
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 
@@ -108,6 +109,28 @@ def test_a_block_alone_is_alone():
         return " ".join(replica.log)
 
     assert on_a_replica(64, test)[0] == "+a +b -a -b +X +X -X -X +Y +Y -Y -Y +c -c"
+
+
+def test_blocks_alone_leave_half_the_time_to_other_tasks():
+    """A task whose blocks have all failed twice has many of them, one after the other; nobody is with any of them."""
+
+    async def test(replica):
+        alone = [asyncio.create_task(replica.answer("a", 10, ["X"] * 4, alone=True)) for _ in range(20)]
+        await asyncio.sleep(1)
+        began = asyncio.get_running_loop().time()
+        await replica.answer("b", 10, ["c"] * 80)
+        seconds = asyncio.get_running_loop().time() - began
+        await asyncio.gather(*alone)
+        return seconds, asyncio.get_running_loop().time(), "".join(replica.log)
+
+    seconds, all_seconds, log = on_a_replica(8, test)[0]
+    # Nine at a time, ten seconds each, and as long for the blocks in between.
+    assert seconds <= 1.5 * 2 * 80 / 9 * 10
+    assert all_seconds <= 20 * 10 + seconds
+    inside = Counter()
+    for what, name in zip(log[::2], log[1::2], strict=True):
+        inside[name] += 1 if what == "+" else -1
+        assert not (inside["X"] and inside["c"])
 
 
 def test_who_waits_hears_that_the_replica_lives():

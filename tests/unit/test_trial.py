@@ -76,7 +76,8 @@ def test_rows_are_asked_as_a_task_at_work(spec, tmp_path):
     assert (report.plan.rows, report.capacity, report.replicas) == (3, 8, 2)
     rows = json.loads(unseal(report.sealed, pad))
     assert [row["answer"] for row in rows] == [{"response": "ONE"}, {}, {"response": "THREE"}]
-    shown = report.model_dump_json()
+    # Sealed text is random, and may hold any short word.
+    shown = report.model_copy(update={"sealed": ""}).model_dump_json()
     assert not [word for word in ("ONE", "three", "bad") if word in shown]
     assert not (tmp_path / "out").exists()
 

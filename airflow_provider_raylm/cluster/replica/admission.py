@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 
@@ -46,7 +46,9 @@ class Admission:
         self._clock = clock
         self._inside: Counter[Hashable] = Counter()
         self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
-        self._lonely: list[Hashable] = []
+        # Blocks that are to be alone, and whose they are; since when one holds others back; until when those are next.
+        self._lonely: list[tuple[Hashable, str]] = []
+        self._alone_since = self._turn_ends = clock()
         self._end: EngineError | None = None
         self._moved_at = self._began = self._ended_at = clock()
         # Rows that have ended, the older the less they count.
@@ -69,17 +71,25 @@ class Admission:
 
     @contextmanager
     def block(self, task: str, alone: bool) -> Iterator[Door]:
-        """Yield what the rows of a block enter by; those of a block that is *alone* do when nobody else is inside."""
+        """Yield what the rows of a block enter by; those of a block that is *alone* do when nobody else is inside.
+
+        After it, other tasks have as long as it held them back.
+        """
         if not alone:
             yield partial(_Place, self, task)
             return
         # A name of its own, and no task's: it is not one more to be fair to.
-        name = object()
-        self._lonely.append(name)
+        lonely = object(), task
+        if not self._lonely:
+            self._alone_since = self._clock()
+        self._lonely.append(lonely)
         try:
-            yield partial(_Place, self, name)
+            yield partial(_Place, self, lonely[0])
         finally:
-            self._lonely.remove(name)
+            if lonely == self._lonely[0]:
+                now = self._clock()
+                self._turn_ends = now + max(now - max(self._alone_since, self._turn_ends), 0.0)
+            self._lonely.remove(lonely)
             self._fill()
 
     async def enter(self, name: Hashable) -> None:
@@ -156,10 +166,13 @@ class Admission:
                 self._moved_at = self._clock()
 
     def _next(self) -> Hashable:
+        candidates: Collection[Hashable] = self._waiting
         if self._lonely:
-            first = self._lonely[0]
-            return first if first in self._waiting and self._inside.keys() <= {first} else None
-        return min(self._waiting, key=self._inside.__getitem__, default=None)
+            first, task = self._lonely[0]
+            candidates = [name for name in self._waiting if isinstance(name, str) and name != task]
+            if not candidates or first in self._inside or self._clock() >= self._turn_ends:
+                return first if first in self._waiting and self._inside.keys() <= {first} else None
+        return min(candidates, key=self._inside.__getitem__, default=None)
 
     def end(self, error: EngineError) -> None:
         """Let nobody in any more: whoever waits, or comes, gets *error*; the replica is to be replaced."""
