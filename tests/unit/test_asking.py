@@ -29,7 +29,7 @@ class Response:
         if not self.outcomes:
             raise StopAsyncIteration
         outcome = self.outcomes.pop(0)
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         if outcome is None:
             await asyncio.Event().wait()
@@ -121,6 +121,12 @@ async def test_a_replica_that_falls_silent_is_not_waited_for(parts, begun, monke
 
     assert failure.value.begun == begun
     assert one._handle.response.cancelled
+
+
+async def test_a_call_that_the_replica_cancels_is_a_failure_of_the_engine():
+    """Serve raises it as if the caller were cancelled, which would end the task without a word of why."""
+    with pytest.raises(EngineFailure, match="the replica has cancelled the call"):
+        await ask(handle(part("A"), asyncio.CancelledError()))
 
 
 async def test_calls_end_when_the_engine_is_gone(monkeypatch):

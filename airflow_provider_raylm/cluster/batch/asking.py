@@ -112,6 +112,9 @@ class Handle:
         gone = asyncio.ensure_future(self._gone.wait())
         try:
             done, _ = await asyncio.wait({part, gone}, timeout=SILENT_S, return_when=asyncio.FIRST_COMPLETED)
+            if part.cancelled():
+                # Not by this side. Raised as it is, it would look as if this task were to end.
+                raise EngineError("the replica has cancelled the call")
             if part in done:
                 said: Part = part.result()
                 return said
