@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +62,28 @@ def test_an_engine_that_was_created_this_moment_is_adopted(monkeypatch):
     assert deploy._settle("a", spec(), mark, replace=False, say=print) is True
     with pytest.raises(EngineError, match=r"running with another spec \(fingerprint None"):
         deploy._settle("a", spec(), mark, replace=False, say=print)
+
+
+def test_what_a_deploy_waits_for_does_not_count_against_its_engine(monkeypatch):
+    """Another job's turn, or an engine that has to go first, may take ten minutes; the engine has all of its time."""
+    now = [1_000.0]
+    began = []
+
+    def settle(name, spec, mark, replace, say):
+        now[0] += 700
+        return True
+
+    monkeypatch.setattr(deploy, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time, sleep=time.sleep))
+    monkeypatch.setattr(deploy, "_settle", settle)
+    monkeypatch.setattr(deploy, "_wait_until_running", lambda name, spec, started, say: began.append(started))
+    for part in ("_start_serve", "_begin_lease"):
+        monkeypatch.setattr(deploy, part, lambda *_: None)
+    for part in ("_turn", "_awaited", "_deleted_on_failure"):
+        monkeypatch.setattr(deploy, part, lambda name: nullcontext())
+    ref = deploy.deploy(spec(), REF.labels, replace=False, say=print)
+
+    assert began == [1_700]
+    assert ref.deploy_seconds == 700
 
 
 def test_an_engine_that_comes_back_is_waited_for(monkeypatch):

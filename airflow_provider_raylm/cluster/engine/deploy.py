@@ -68,7 +68,8 @@ def deploy(spec: EngineSpec, labels: Labels, replace: bool, say: Say, owned: boo
             with _deleted_on_failure(name):
                 _create(spec, ref)
     with _deleted_on_failure(name) if owned or not adopted else nullcontext(), _awaited(name):
-        _wait_until_running(name, spec, started, say)
+        # Not from the beginning: another job may have had its turn, or an engine of that name had to go.
+        _wait_until_running(name, spec, time.monotonic(), say)
     _begin_lease(name)
     seconds = time.monotonic() - started
     say(f"engine {name} is {'adopted' if adopted else 'up'} after {seconds:.0f} s")
