@@ -292,7 +292,11 @@ class Memory:
 
 def with_memory(capacity, fitting, test):
     async def run():
-        return await test(Memory(capacity, fitting))
+        engine = Memory(capacity, fitting)
+        try:
+            return await test(engine)
+        finally:
+            engine.stalls._looking.cancel()
 
     return on_a_clock(run())[0]
 
