@@ -20,6 +20,7 @@ from airflow_provider_raylm.operators.owners import installation
 from airflow_provider_raylm.packages import pack
 from airflow_provider_raylm.ray_jobs import RayJobs
 from airflow_provider_raylm.specs import EngineRef, EngineSpec, Labels, Lease, build
+from airflow_provider_raylm.specs.engine import COMMAND_RUN
 
 TEMPORARY = "temporary"
 # What ends a temporary engine when this process cannot any more.
@@ -104,6 +105,7 @@ def _own(subject: Subject, running: Sequence[EngineRef]) -> EngineRef:
         ref
         for ref in running
         if (ref.labels.installation, ref.labels.dag_id) == (here, subject.dag_id)
+        and not ref.labels.of_a_command
         # Instances of a mapped task group have the instance's number behind the name.
         and ref.labels.engine.partition("[")[0] == spec.name
     ]
@@ -127,7 +129,7 @@ def _temporary(subject: Subject, jobs: RayJobs) -> Iterator[EngineRef]:
     labels = Labels(
         installation=installation(),
         dag_id=subject.dag_id,
-        run_id=f"preview__{secrets.token_hex(6)}",
+        run_id=f"{COMMAND_RUN}{secrets.token_hex(6)}",
         engine=spec.name,
     )
     application = application_name(labels)
@@ -141,7 +143,12 @@ def _temporary(subject: Subject, jobs: RayJobs) -> Iterator[EngineRef]:
             complain(f"deploying {application}, which is torn down at the end")
             environment = pack(spec.runtime_env.over(jobs.runtime_env), subject.folder)
             result = run_verb(
-                jobs, "deploy", payload, timeout=spec.deploy_timeout + _DEPLOY_GRACE_S, environment=environment
+                jobs,
+                "deploy",
+                payload,
+                timeout=spec.deploy_timeout + _DEPLOY_GRACE_S,
+                task={"application": application},
+                environment=environment,
             )
             yield build(EngineRef, {**result, "dashboard_url": jobs.dashboard_url})
         except BaseException:

@@ -37,7 +37,7 @@ def run_verb(
         verb: what to do.
         payload: its arguments.
         timeout: seconds after which the job is stopped.
-        task: dag_id and task_id of the task that it concerns, for the dashboard.
+        task: dag_id and task_id of the task that it concerns, or the application of an engine, for who looks on.
         environment: what the job finds beside the image.
         storage: options of fsspec's file systems, by protocol.
         pad: seals rows that the job reports.
@@ -45,12 +45,19 @@ def run_verb(
     Raises:
         RayLMError: what the cluster reported, or why it could not.
     """
+    application = payload.get("application") or payload.get("engine", {}).get("application")
     request = JobRequest(
         # A command is nobody's retry: it never attaches.
         f"raylm-{verb}-cli-{secrets.token_hex(6)}",
         verb,
         payload,
-        {"command": f"raylm {verb}", "user": _user(), **(task or {})},
+        {
+            "command": f"raylm {verb}",
+            "user": _user(),
+            # By which the engines page finds the jobs of an engine.
+            **({"application": application} if application else {}),
+            **(task or {}),
+        },
         environment or Packed(),
         storage or {},
         pad,

@@ -200,7 +200,12 @@ class SweepEnginesOperator(RayLMOperator):
     def _sweep(self, context: Context) -> SweepReport:
         payload: dict[str, Any] = {"delete": [], "max_age": None, "installation": installation()}
         listed = build(SweepReport, self.run_on_cluster(context, Command("sweep", payload)).result)
-        over = [engine.application for engine in listed.engines if not run_is_alive(context, engine.labels)]
+        over = [
+            engine.application
+            for engine in listed.engines
+            # A command's has no run, and ends with the command or by its lease.
+            if not engine.labels.of_a_command and not run_is_alive(context, engine.labels)
+        ]
         max_age = self.max_age.total_seconds() if self.max_age is not None else None
         swept = self.run_on_cluster(context, Command("sweep", {**payload, "delete": over, "max_age": max_age}))
         return build(SweepReport, swept.result)

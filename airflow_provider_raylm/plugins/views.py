@@ -17,7 +17,7 @@ RATE_OVER_S = 60.0
 ALIVE = ("queued", "running")
 
 Owner = tuple[str, str]
-OwnerState = Literal["alive", "over", "gone", "elsewhere", "hidden"]
+OwnerState = Literal["alive", "over", "gone", "command", "elsewhere", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Viewer:
             return "elsewhere" if self.reads_connection else "hidden"
         if labels.dag_id not in self.dags:
             return "hidden"
+        if labels.of_a_command:
+            return "command"
         state = self.runs.get((labels.dag_id, labels.run_id))
         return "gone" if state is None else "alive" if state in ALIVE else "over"
 
@@ -200,8 +202,9 @@ def lease_left(
     life = max(ref.deployed_at + ref.lease.max_lifetime - now, 0.0)
     if engine.status == "DEPLOYING":
         return life, "max_lifetime"
-    working = any(job.verb in ("deploy", "infer") and is_at_work(job) for job in jobs)
-    ended = [job.ended_at for job in jobs if job.verb in ("deploy", "infer") and job.ended_at]
+    renewing = [job for job in jobs if job.verb in ("deploy", "infer", "preview")]
+    working = any(map(is_at_work, renewing))
+    ended = [job.ended_at for job in renewing if job.ended_at]
     idle_since = now if working else max([ref.deployed_at, *ended])
     idle = max(idle_since + ref.lease.idle_timeout - now, 0.0)
     return (idle, "idle_timeout") if idle < life else (life, "max_lifetime")

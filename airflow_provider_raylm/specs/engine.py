@@ -220,6 +220,10 @@ def _refuse(field: str, given: Mapping[str, object], reasons: Mapping[str, str])
                 raise ValueError(f"{field}.{name}: {instead}")
 
 
+# Begins the id of the run in the labels of an engine that `raylm preview` or `estimate` has deployed.
+COMMAND_RUN = "preview__"
+
+
 class Labels(Value):
     """Who owns an engine: enough to find it again and never to take somebody else's."""
 
@@ -227,6 +231,11 @@ class Labels(Value):
     dag_id: str
     run_id: str
     engine: str
+
+    @property
+    def of_a_command(self) -> bool:
+        """Whether a command deployed it for itself: it ends with the command, and no run has it, or may use it."""
+        return self.run_id.startswith(COMMAND_RUN)
 
 
 class EngineRef(Value):
@@ -268,7 +277,7 @@ class EngineQuery(Value):
     engine: str
 
     def latest(self, engines: Iterable[EngineRef]) -> EngineRef | None:
-        """Return the engine that fits; of several, the one that was deployed last."""
+        """Return the engine that fits; of several, the one that was deployed last. A command's is nobody else's."""
         wanted = self.model_dump(exclude_none=True).items()
-        fitting = (ref for ref in engines if wanted <= ref.labels.model_dump().items())
+        fitting = (ref for ref in engines if wanted <= ref.labels.model_dump().items() and not ref.labels.of_a_command)
         return max(fitting, key=lambda ref: (ref.deployed_at, ref.labels.run_id), default=None)

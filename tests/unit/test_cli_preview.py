@@ -12,6 +12,7 @@ from airflow_provider_raylm.cli.main import main
 from airflow_provider_raylm.errors import BatchError, EngineError
 from airflow_provider_raylm.operators.raylm import installation
 from airflow_provider_raylm.ray_jobs import JobRequest
+from airflow_provider_raylm.specs.engine import COMMAND_RUN
 from airflow_provider_raylm.testing import FakeRayJobs
 
 DAG = """
@@ -68,6 +69,19 @@ def test_rows_are_asked_of_the_engine_that_runs_for_the_dag(fake, capsys):
     assert "an answer" not in log
     assert "an answer" not in request.wire()
     assert len(fake.engines) == 2
+
+
+def test_another_previews_engine_is_not_the_one_that_runs_for_the_dag(fake):
+    """It ends with that one; and who looks at an engine finds the jobs that concern it."""
+    application = deploy(fake)
+    deploy(fake, run_id=f"{COMMAND_RUN}0a1b2c")
+
+    _, request = previewed(fake)
+    assert request.payload["engine"]["application"] == request.metadata["application"] == application
+    assert previewed(fake, "--engine", "temporary")[0] == 0
+    told = {one.verb: one.metadata["application"] for one in fake.submitted[-3:]}
+    assert set(told) == {"deploy", "preview", "teardown"}
+    assert len(set(told.values())) == 1
 
 
 def test_each_command_has_a_pad_of_its_own(fake):

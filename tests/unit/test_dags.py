@@ -7,6 +7,7 @@ from airflow_provider_raylm.errors import EngineError
 from airflow_provider_raylm.operators.base import RayLMOperator
 from airflow_provider_raylm.operators.raylm import BatchInferenceOperator, DeployEngineOperator, installation
 from airflow_provider_raylm.ray_jobs import JobRequest
+from airflow_provider_raylm.specs.engine import COMMAND_RUN
 from airflow_provider_raylm.testing import FakeRayJobs
 from tests.airflows import AIRFLOW, clear_task_instances
 from tests.conftest import DAGS
@@ -217,18 +218,18 @@ def test_each_partition_gets_its_group_of_tasks(dagbag):
 
 
 def test_a_sweep_deletes_what_outlived_its_run(dagbag):
-    """An engine whose run is deleted goes; another installation's is not even seen."""
+    """An engine whose run is deleted goes; another installation's is not even seen, a command's is left to it."""
     fake = FakeRayJobs()
     with fake.installed():
         here = installation()
-    for whose in (here, "elsewhere"):
-        labels = {"installation": whose, "dag_id": "gone", "run_id": "gone", "engine": "e"}
+    for whose, run_id in ((here, "gone"), ("elsewhere", "gone"), (here, f"{COMMAND_RUN}0a1b2c")):
+        labels = {"installation": whose, "dag_id": "gone", "run_id": run_id, "engine": "e"}
         payload = {"engine": {"name": "e", "model": "m"}, "labels": labels, "replace": False}
-        assert fake.submit(JobRequest(whose, "deploy", payload))
-    ours, theirs = fake.engines
+        assert fake.submit(JobRequest(f"{whose} {run_id}", "deploy", payload))
+    ours, *others = fake.engines
 
     assert run(dagbag, "raylm_sweep_engines", fake).state == "success"
-    assert list(fake.engines) == [theirs]
+    assert list(fake.engines) == others
     assert fake.submitted[-1].payload["delete"] == [ours]
 
 

@@ -19,6 +19,7 @@ from airflow_provider_raylm.plugins.api import connect
 from airflow_provider_raylm.plugins.raylm import URL_PREFIX, RayLMPlugin
 from airflow_provider_raylm.polling import JobInfo, Refused
 from airflow_provider_raylm.specs import FailedRow, Labels
+from airflow_provider_raylm.specs.engine import COMMAND_RUN
 from tests.conftest import REPOSITORY
 from tests.engines_page import HOSTILE, Cluster, page, record, silent, token
 
@@ -208,6 +209,18 @@ def test_an_engine_whose_run_is_over_stands_out(viewer, runs, state, owner):
 
     assert (mine["owner"], mine["run_state"]) == (owner, state)
     assert owner == "alive" or engines[0] is mine
+
+
+def test_an_engine_that_a_command_has_deployed_for_itself(viewer):
+    """Is nobody's that was forgotten: a preview is at work on it, which holds its lease."""
+    cluster = Cluster()
+    ref = cluster.deploy(run_id=f"{COMMAND_RUN}0a1b2c", lease={"idle_timeout": 600})
+    job = cluster.work(ref)
+    cluster._jobs["raylm-preview-cli-1"] = cluster._jobs.pop(job)
+    (engine,) = listed(viewer({"ray_1": cluster}))["ray_1"]["engines"]
+
+    assert (engine["owner"], engine["dag_id"], engine["may_stop"]) == ("command", "d", True)
+    assert engine["lease_left"] == 600
 
 
 def test_another_airflows_engine(viewer):

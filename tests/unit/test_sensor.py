@@ -14,6 +14,7 @@ from airflow_provider_raylm.operators.raylm import TeardownEngineOperator, insta
 from airflow_provider_raylm.polling import Unreachable
 from airflow_provider_raylm.ray_jobs import JobRequest, RayJobsClient
 from airflow_provider_raylm.sensors.raylm import EngineSensor
+from airflow_provider_raylm.specs.engine import COMMAND_RUN
 from airflow_provider_raylm.testing import FakeRayJobs
 from airflow_provider_raylm.triggers.raylm import EngineTrigger
 from tests.airflows import TaskDeferred
@@ -50,6 +51,13 @@ def test_the_latest_is_the_one_that_was_deployed_last(fake):
     deploy(fake, "manual__2026-01-02", "nightly")
 
     assert poke(fake, owner_dag_id="nightly").xcom_value["labels"]["run_id"] == "manual__2026-01-02"
+
+
+def test_an_engine_that_a_command_has_deployed_for_itself_is_not_found(fake):
+    """It is torn down with the preview that it is for, whoever works on it."""
+    deploy(fake, f"{COMMAND_RUN}0a1b2c", "nightly")
+
+    assert poke(fake, owner_dag_id="nightly").xcom_value["labels"]["run_id"] == "scheduled__2026-01-02"
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ function rate(number, unit) {
 const OWNERS = {
   over: (engine) => `its run is over${engine.run_state ? ` (${engine.run_state})` : ""}`,
   gone: () => "its run is deleted",
+  command: () => "of a command, which tears it down",
   elsewhere: () => "another Airflow's",
   hidden: () => "a DAG that you may not read",
 };
@@ -211,7 +212,7 @@ function updateEngine(root, item) {
   set(parts.alarm, engine.owner === "alive" ? "" : OWNERS[engine.owner](engine));
   const linked = engine.owner === "alive" || engine.owner === "over";
   parts.owner.hidden = engine.dag_id === null;
-  lead(parts.dag, engine.dag_id || "", linked ? dagUrl(engine.dag_id) : "");
+  lead(parts.dag, engine.dag_id || "", linked || engine.owner === "command" ? dagUrl(engine.dag_id) : "");
   lead(parts.run, engine.run_id || "", linked ? runUrl(engine.dag_id, engine.run_id) : "");
   set(parts.model, engine.kind === "generate" ? engine.model : `${engine.model} (${engine.kind})`);
   set(parts.replicas, `${engine.replicas_running} of ${engine.replicas_wanted}${engine.replicas_max > engine.replicas_wanted ? `, at most ${engine.replicas_max}` : ""}`);
