@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -69,17 +69,21 @@ class FailedRow(Value):
     message: str = Field("", description="Empty where it may quote the row; the quarantine has it.")
 
 
+# A log is text that others write into, too: what cannot be counted with is no record.
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
 class Progress(Value):
     """How far a task is, as its job prints it while it works."""
 
-    at: float = Field(0.0, description="Unix seconds, by the cluster's clock.")
-    seconds: float = Field(0.0, ge=0, description="Seconds since this attempt began.")
-    rows: int = Field(0, ge=0, description="Rows that ended in this attempt, written or failed.")
-    total: int | None = Field(None, description="Rows that this attempt has to answer; None while nobody knows.")
-    failures: dict[str, int] = Field(default_factory=dict, description="Failed rows by reason.")
+    at: float = Field(0.0, allow_inf_nan=False, description="Unix seconds, by the cluster's clock.")
+    seconds: float = Field(0.0, ge=0, allow_inf_nan=False, description="Seconds since this attempt began.")
+    rows: _Count = Field(0, description="Rows that ended in this attempt, written or failed.")
+    total: _Count | None = Field(None, description="Rows that this attempt has to answer; None while nobody knows.")
+    failures: dict[str, _Count] = Field(default_factory=dict, description="Failed rows by reason.")
     failed_rows: tuple[FailedRow, ...] = Field((), max_length=FAILED_ROWS, description="The first of them.")
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: _Count = 0
+    completion_tokens: _Count = 0
 
     @property
     def failed(self) -> int:

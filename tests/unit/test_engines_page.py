@@ -102,6 +102,18 @@ def test_a_tasks_history_is_there_at_once(viewer):
     assert browser.get("/raylm/api/job", params={**ask, "job": "no-such"}).status_code == 404
 
 
+@pytest.mark.parametrize("odd", ['"at": NaN', '"at": 1e999', '"rows": -1', f'"rows": 1{400 * "0"}', '"total": -5'])
+def test_an_odd_line_in_one_log_hides_no_engine(viewer, odd):
+    """It is no record: numbers that nobody can count with are nobody's progress."""
+    cluster = Cluster()
+    name = cluster.work(cluster.deploy(), records=[record(90, 5)])
+    job, log = cluster._jobs[name]
+    cluster._jobs[name] = (job, f"{log}raylm - progress: {{{odd}}}\n")
+    (engine,) = listed(viewer({"ray_1": cluster}))["ray_1"]["engines"]
+
+    assert engine["tasks"][0]["rows"] == 5
+
+
 def test_the_first_failed_rows_come_with_the_last_record(viewer):
     """Not with the list that everybody polls, nor with each of 240 records."""
     cluster = Cluster()
