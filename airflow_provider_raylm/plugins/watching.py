@@ -184,13 +184,15 @@ class Watch:
         Args:
             connects: how to open a client, by the connection's id.
         """
-        pending = {conn_id: self.cluster(conn_id).look(connect) for conn_id, connect in connects.items()}
+        # Held here: while this waits, another viewer may find that a connection was deleted.
+        clusters = {conn_id: self.cluster(conn_id) for conn_id in connects}
+        pending = {conn_id: cluster.look(connects[conn_id]) for conn_id, cluster in clusters.items()}
         # Whoever did not answer the last time is not waited for.
-        hopeful = (look for conn_id, look in pending.items() if self._clusters[conn_id].seen.state in ("ok", "looking"))
+        hopeful = (look for conn_id, look in pending.items() if clusters[conn_id].seen.state in ("ok", "looking"))
         waits = [asyncio.wrap_future(look) for look in hopeful if look is not None]
         if waits:
             await asyncio.wait(waits, timeout=ANSWER_S)
-        return {conn_id: self._clusters[conn_id].seen for conn_id in connects}
+        return {conn_id: cluster.seen for conn_id, cluster in clusters.items()}
 
     def keep(self, conn_ids: Collection[str]) -> None:
         """Forget the connections that are not among *conn_ids*: they were deleted."""

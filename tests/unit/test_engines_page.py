@@ -2,6 +2,7 @@
 
 # ruff: noqa: AIR311, TID251 - the database's own classes
 
+import asyncio
 import threading
 import time
 import tomllib
@@ -100,6 +101,24 @@ def test_a_tasks_history_is_there_at_once(viewer):
     browser.app.routes[-1].app.state.watch.cluster("ray_1").expire()
     assert [one["rows"] for one in browser.get("/raylm/api/job", params=ask).json()["history"]] == [10, 20, 30, 40]
     assert browser.get("/raylm/api/job", params={**ask, "job": "no-such"}).status_code == 404
+
+
+def test_a_connection_that_is_deleted_meanwhile(monkeypatch):
+    """While one viewer waits for its cluster, another's answer has it no more: the first one's is whole."""
+    monkeypatch.setattr(watching, "ANSWER_S", 0.1)
+    cluster, watch = Cluster(), watching.Watch()
+    cluster.slow = threading.Event()
+
+    async def looked():
+        looks = asyncio.create_task(watch.looks({"ray_1": lambda: cluster}))
+        await asyncio.sleep(0)
+        watch.keep([])
+        return await looks
+
+    try:
+        assert asyncio.run(looked())["ray_1"].state == "looking"
+    finally:
+        cluster.slow.set()
 
 
 @pytest.mark.parametrize("odd", ['"at": NaN', '"at": 1e999', '"rows": -1', f'"rows": 1{400 * "0"}', '"total": -5'])
