@@ -190,7 +190,7 @@ def authors_own(task: Task) -> Iterator[None]:
     except AirflowRuntimeError as error:
         raise AirflowException(str(error)) from error
     except Exception as error:
-        file = Path(task.dag.fileloc)
+        file = Path(cast("DAG", task.dag).fileloc)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f" ({file.name}, line {lines[-1]})" if lines else ""
         raise SpecError(f"{task.task_id} cannot be rendered{where}: {type(error).__name__}: {error}") from error
