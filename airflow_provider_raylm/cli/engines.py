@@ -93,16 +93,19 @@ def _named(name: str, found: Found, silent: Sequence[str]) -> tuple[str, SeenEng
     Raises:
         EngineError: there is none, or several.
     """
+    # Two connections may lead to one cluster; and two clusters may have an engine of the same application.
     fitting = {
-        engine.ref.application: (conn_id, engine)
+        (engine.ref.application, engine.ref.deployed_at): (conn_id, engine)
         for conn_id, engine in reversed(found)
         if name in (engine.ref.application, engine.ref.labels.engine)
     }
     if len(fitting) == 1:
         return next(iter(fitting.values()))
     if fitting:
+        there = sorted(f"{engine.ref.application} (--conn {conn_id})" for conn_id, engine in fitting.values())
         raise EngineError(
-            f"{len(fitting)} engines are named {name!r}. Stop one by its application: {', '.join(sorted(fitting))}."
+            f"{len(fitting)} engines are named {name!r}. Stop one by its application, on its cluster: "
+            f"{', '.join(there)}."
         )
     there = choice(name, (engine.ref.application for _, engine in found))
     unknown = f" {', '.join(silent)} did not answer." if silent else ""

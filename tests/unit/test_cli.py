@@ -186,6 +186,20 @@ def test_a_name_that_several_engines_have(two_clusters, airflow_db, capsys):
     assert len(two_clusters.engines) == 2
 
 
+def test_one_application_on_two_clusters_is_two_engines(airflow_db, monkeypatch, capsys):
+    """As after a connection has moved: neither is torn down in place of the other."""
+    clusters = {"raylm_a": FakeRayJobs(), "raylm_b": FakeRayJobs()}
+    for conn_id, cluster in clusters.items():
+        monkeypatch.setenv(f"AIRFLOW_CONN_{conn_id.upper()}", "raylm://h")
+        application = deploy(cluster, "manual__1")
+    monkeypatch.setattr(RayLMHook, "get_conn", lambda hook: clusters[hook.raylm_conn_id])
+
+    assert main(["engines", "stop", application, "--yes"]) == 1
+    assert f"{application} (--conn raylm_a), {application} (--conn raylm_b)" in capsys.readouterr().err
+    assert main(["engines", "stop", application, "--yes", "--conn", "raylm_b"]) == 0
+    assert [len(cluster.engines) for cluster in clusters.values()] == [1, 0]
+
+
 def test_a_teardown_that_fails_is_an_error(fake, airflow_db, capsys):
     """In the words of the cluster."""
     deploy(fake, "manual__1")
