@@ -102,10 +102,10 @@ def _named(name: str, found: Found, silent: Sequence[str]) -> tuple[str, SeenEng
     if len(fitting) == 1:
         return next(iter(fitting.values()))
     if fitting:
-        there = sorted(f"{engine.ref.application} (--conn {conn_id})" for conn_id, engine in fitting.values())
+        several = sorted(f"{engine.ref.application} (--conn {conn_id})" for conn_id, engine in fitting.values())
         raise EngineError(
             f"{len(fitting)} engines are named {name!r}. Stop one by its application, on its cluster: "
-            f"{', '.join(there)}."
+            f"{', '.join(several)}."
         )
     there = choice(name, (engine.ref.application for _, engine in found))
     unknown = f" {', '.join(silent)} did not answer." if silent else ""
