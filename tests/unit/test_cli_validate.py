@@ -139,7 +139,7 @@ def test_whatever_a_template_does_hides_no_other_task(fake, tmp_path, capsys):
     assert status == 1
     assert found["d.good"] == ("ok", "")
     assert found["d.zero"] == ("error", "zero cannot be rendered: ZeroDivisionError: division by zero")
-    assert found["d.absent"][1].startswith("absent cannot be rendered: UndefinedError: ")
+    assert found["d.absent"][1].startswith("batch: a template asks for what is not there: ")
     assert found["d.macro"][1].startswith("macro cannot be rendered (dag.py, line ")
     assert found["d.macro"][1].endswith("OSError: no such place")
     assert found["d.file"] == ("error", "file cannot be rendered: ZeroDivisionError: division by zero")
