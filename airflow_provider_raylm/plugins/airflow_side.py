@@ -39,6 +39,7 @@ class StoredConnection:
     port: int | None
     schema: str | None
     password: str | None = field(repr=False)
+    extra: str | None = field(repr=False)
     extra_dejson: dict[str, Any] = field(repr=False)
     team_name: str | None = None
     unreadable: bool = False
@@ -74,11 +75,11 @@ def _read(session: Any, conn_id: str) -> StoredConnection:
     except Exception:
         # Another key has encrypted it, which Airflow finds when it loads it: trouble with this one alone. Whose it is
         # cannot be told either.
-        return StoredConnection(conn_id, None, None, None, None, {}, unreadable=True)
+        return StoredConnection(conn_id, None, None, None, None, None, {}, unreadable=True)
 
 
 def _stored(row: Any) -> StoredConnection:
-    about = (row.conn_id, row.host, row.port, row.schema, row.password, row.extra_dejson)
+    about = (row.conn_id, row.host, row.port, row.schema, row.password, row.extra, row.extra_dejson)
     return StoredConnection(*about, team_name=getattr(row, "team_name", None))
 
 
