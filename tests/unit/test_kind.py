@@ -75,7 +75,7 @@ def test_a_kind_of_its_own(monkeypatch):
     """A kind is a field of the step, and a class here and in the replica; nothing between them knows it."""
     monkeypatch.setitem(rows.KINDS, "count", Counted)
     monkeypatch.setitem(questions.KINDS, "counted", Counts)
-    replica = Questions(an_engine(), ping=None, tasks=["generate"])
+    replica = Questions(an_engine(), ping=None, tasks=["generate"], fit=lambda working, waiting: None)
 
     async def ask(question, requests, near):
         return [await row(nullcontext) for row in await replica.rows(question, requests, None)]
