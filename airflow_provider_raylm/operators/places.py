@@ -27,11 +27,11 @@ def plain(value: Any) -> Any:
         return value.uri
     if isinstance(value, ObjectStoragePath):
         return _place(value)
+    if hasattr(value, "storage_options") and getattr(value, "protocol", "") not in ("", "file"):
+        # Another of fsspec's paths, which older releases of it take for one of the system's.
+        raise SpecError(f"The path {value} is of a kind that Airflow does not render: give text or ObjectStoragePath.")
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "storage_options") and hasattr(value, "protocol"):
-        # Another of fsspec's paths.
-        raise SpecError(f"The path {value} is of a kind that Airflow does not render: give text or ObjectStoragePath.")
     if isinstance(value, Mapping):
         return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

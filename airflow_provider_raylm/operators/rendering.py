@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow.sdk import literal
+from airflow.sdk import ObjectStoragePath, literal
 from airflow.sdk.definitions.context import render_template_as_native, render_template_to_string
 from jinja2 import Environment, Template, TemplateNotFound, UndefinedError
 from jinja2.nativetypes import NativeEnvironment
@@ -75,7 +75,9 @@ class RendersText(Operator):
         leaves alone, are text.
         """
         dags = jinja_env.linked_to if jinja_env is not None else None
-        if dags is not None and isinstance(content, os.PathLike) and id(content) not in (seen_oids or ()):
+        # On Airflow 3.1 a path on an object store is one of the system's, too.
+        is_path = isinstance(content, os.PathLike) and not isinstance(content, ObjectStoragePath)
+        if dags is not None and is_path and id(content) not in (seen_oids or ()):
             content = os.fspath(content)
         if jinja_env is None or dags is None or not isinstance(content, str):
             return super().render_template(content, context, jinja_env, seen_oids)
