@@ -71,9 +71,16 @@ def _spec(name, model, engine_kwargs=ENCODER_KWARGS, **fields):
     return {"name": name, "model": model, "engine_kwargs": engine_kwargs, **fields}
 
 
+# Two at a time: each takes up to two gigabytes.
+POOLING, GENERATING = (
+    pytest.mark.parametrize("deployed", [names], ids="+".join, indirect=True)
+    for names in (("embed", "score"), ("seer", "writer"))
+)
+
+
 @pytest.fixture(scope="module")
-def deployed(cluster, engine, kinds):
-    """An engine of each kind, started side by side: references by name."""
+def deployed(request, cluster, engine, kinds):
+    """Some engines, started side by side: references by name."""
     fsspec.filesystem("s3").put(kinds.adapters["legal"], f"{BUCKET}/legal", recursive=True)
     adapters = {**kinds.adapters, "legal": f"s3://{BUCKET}/legal"}
     # A parser takes chats apart, which is another way through vLLM.
@@ -82,7 +89,7 @@ def deployed(cluster, engine, kinds):
     allowed = [f"s3://{BUCKET}/photos", str(kinds.folder / "photos")]
     specs.append(_spec("seer", kinds.models["vision"], ENGINE_KWARGS, media={"allowed": allowed}))
     specs.append(_spec("writer", kinds.model, parsed, adapters=adapters, served_model_name="tiny"))
-    jobs = {spec["name"]: _start(cluster, spec) for spec in specs}
+    jobs = {spec["name"]: _start(cluster, spec) for spec in specs if spec["name"] in request.param}
     refs = {name: cluster.finish(job, timeout=580)[0] for name, job in jobs.items()}
     yield refs
     for job in [cluster.start("teardown", {"application": ref["application"]}) for ref in refs.values()]:
@@ -105,6 +112,7 @@ def infer(cluster, deployed, kinds, tmp_path):
     return run
 
 
+@POOLING
 @pytest.mark.parametrize("block_rows", BLOCKS)
 def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds, block_rows):
     """As lists of one size, with vLLM's own count of tokens; two texts have the cosine of their embeddings.
@@ -132,6 +140,7 @@ def test_embeddings_and_their_cosine_equal_offline_vllm(infer, kinds, block_rows
     assert (report["rows_written"], report["completion_tokens"], report["failures"]) == (ROWS, 0, {})
 
 
+@POOLING
 @pytest.mark.parametrize("block_rows", BLOCKS)
 def test_scores_and_classes_equal_offline_vllm(infer, kinds, block_rows):
     """Of a reranker, which knows one class, by the name that the model has for it."""
@@ -150,6 +159,7 @@ def test_scores_and_classes_equal_offline_vllm(infer, kinds, block_rows):
     assert (report["rows_written"], report["completion_tokens"], report["failures"]) == (ROWS, 0, {})
 
 
+@POOLING
 def test_a_text_beyond_the_model_is_one_rows_fault(infer, tmp_path):
     """The others of its block, which are rendered together with it, are answered."""
     pq.write_table(pa.table({"text": ["short", "x" * 500]}), tmp_path / "in.parquet")
@@ -158,6 +168,7 @@ def test_a_text_beyond_the_model_is_one_rows_fault(infer, tmp_path):
     assert (report["failures"], found["text"].to_pylist()) == ({"prompt_too_long": 1}, ["short"])
 
 
+@GENERATING
 def test_adapters_equal_offline_vllm(infer, kinds, tmp_path):
     """Mixed in a block by each row's own, from a folder and from S3; a row that names no adapter fails."""
     names = [name for name, _ in zip(itertools.cycle(kinds.truth.adapters), range(ROWS), strict=False)]
@@ -174,6 +185,7 @@ def test_adapters_equal_offline_vllm(infer, kinds, tmp_path):
     assert differ > ROWS / 2, "adapters must tell answers apart"
 
 
+@GENERATING
 def test_images_equal_offline_vllm(infer, kinds, tmp_path):
     """That rows hold, and that they name, on S3 and in a folder; a row whose image is none, or not allowed, fails."""
     pictures = [make_image(seed) for seed in range(IMAGES)]
@@ -207,6 +219,7 @@ def _seen(image):
     ]
 
 
+@GENERATING
 def test_reasoning_equals_offline_vllm(infer, kinds):
     """As vLLM's parser takes it apart; an answer that is nothing but a thought that was cut off has failed."""
     asked = {"messages": [{"role": "user", "content": "${text}"}], "max_tokens": THOUGHT_TOKENS, "temperature": 0}
