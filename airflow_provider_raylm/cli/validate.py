@@ -72,6 +72,7 @@ def _checked(task: Task, arguments: argparse.Namespace) -> str:
     except NotRun as error:
         return f"as far as is known: {cut(str(error).partition('. ')[0], _NOTE_CHARACTERS)}"
     except SpecError:
+        # One that is not tried again is an AirflowException, too.
         raise
     # A variable, a connection or a parameter that this Airflow does not have, or a run has to tell.
     except AirflowException as error:
